@@ -1,0 +1,52 @@
+"""What can go wrong while bytes move; branches of `shm.errors.HotspareError`.
+
+HotspareError
+├── CheckpointError            a file, index, header or name that cannot be used: names file, tensor and reason
+├── EngineError
+│   ├── EngineMissing          no Mooncake wheel, or one that does not load: says which to install
+│   ├── EngineRefused          the engine would not start, or would not register a range
+│   └── TransferFailed         a batch that came back with an error; `timed_out` if bytes may still land
+└── RestoreError
+    ├── NothingToRestore       the request names no block that the model has
+    └── RestoreCancelled       asked to stop; nothing half-written was published
+"""
+
+from __future__ import annotations
+
+from shm.errors import HotspareError
+
+
+class CheckpointError(HotspareError):
+    """A checkpoint that cannot be used. The message names the file, the tensor and the reason."""
+
+
+class EngineError(HotspareError):
+    """The transfer engine failed."""
+
+
+class EngineMissing(EngineError):
+    """Mooncake is not installed, or does not load."""
+
+
+class EngineRefused(EngineError):
+    """The engine would not start, or would not register a range."""
+
+
+class TransferFailed(EngineError):
+    """A batch failed. With `timed_out`, bytes may land in its destinations later."""
+
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
+
+
+class RestoreError(HotspareError):
+    """A restore that cannot be done as asked."""
+
+
+class NothingToRestore(RestoreError):
+    """No block of the model matches the request."""
+
+
+class RestoreCancelled(RestoreError):
+    """The restore was asked to stop."""
