@@ -43,7 +43,7 @@ BLOCK_ALIGNMENT = 4096  # bytes; a page, so that no two blocks share one
 PREFIX = "hotspare"
 PART_CHARS_MAX = 64  # of each part of the object's name; NAME_MAX is 255
 
-_FIXED = struct.Struct("<8sIII4x QQQQ QQQQQQQ 32s HHH2x")
+_FIXED = struct.Struct("<8sIII4x QQQQ QQQQQQQ 32s16s HHH2x")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_OFFSET = HEADER_NBYTES - _CHECKSUM.size
 _STATE = struct.Struct("<I")
@@ -111,6 +111,8 @@ class Header:
     data_nbytes: int = 0
     total_nbytes: int = HEADER_NBYTES
     manifest_digest: bytes = bytes(32)
+    origin: bytes = bytes(16)
+    """Identity of the checkpoint files that the content came from or was compared with; zeros: none yet."""
 
     def pack(self) -> bytes:
         """The whole page. `state` is in it, but not under its checksum."""
@@ -120,7 +122,7 @@ class Header:
             self.generation, self.owner_pid, self.created_ns, self.sealed_ns,
             self.manifest_offset, self.manifest_nbytes, self.table_offset, self.table_nbytes,
             self.data_offset, self.data_nbytes, self.total_nbytes,
-            self.manifest_digest, *map(len, names),
+            self.manifest_digest, self.origin, *map(len, names),
         )  # fmt: skip
         page = (fixed + b"".join(names)).ljust(_CHECKSUM_OFFSET, b"\0")
         page += _CHECKSUM.pack(xxhash.xxh3_64_intdigest(page))
@@ -154,7 +156,7 @@ class Header:
 
     @classmethod
     def _from_page(cls, page: bytes, state: SegmentState) -> Header:
-        (_, _, _, _, generation, pid, created, sealed, m_off, m_n, t_off, t_n, d_off, d_n, total, digest,
+        (_, _, _, _, generation, pid, created, sealed, m_off, m_n, t_off, t_n, d_off, d_n, total, digest, origin,
          *lengths) = _FIXED.unpack_from(page)  # fmt: skip
         names, at = [], _FIXED.size
         for length in lengths:
@@ -162,7 +164,7 @@ class Header:
             at += length
         return cls(
             SegmentName(*names), state, generation, pid, created, sealed,
-            m_off, m_n, t_off, t_n, d_off, d_n, total, digest,
+            m_off, m_n, t_off, t_n, d_off, d_n, total, digest, origin,
         )  # fmt: skip
 
 

@@ -1,0 +1,314 @@
+"""The reader's side: map a sealed segment read-only and hand out tensors on its pages.
+
+Needs no daemon and no HTTP: the name leads to the object, and its header says the rest. Nothing here creates, writes
+or unlinks. A tensor keeps the mapping alive, so it outlives the `Attachment` it came from. The pages are read-only:
+writing to a tensor in place ends the process with SIGSEGV; `.clone()` first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shm import posix
+from shm.checksum import checksum
+from shm.errors import (
+    BlockUnavailable,
+    SegmentAmbiguous,
+    SegmentCorrupt,
+    SegmentForeign,
+    SegmentNotFound,
+    SegmentUnsealed,
+)
+from shm.layout import ENTRY, HEADER_NBYTES, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState
+from shm.manifest import DENSE, ExpertKey, Manifest, TensorTemplate, check_name, fill_template
+
+if TYPE_CHECKING:
+    import torch
+
+HEADER_READS_MAX = 5  # a header read while its owner rewrites it fails its checksum: read again
+HEADER_RETRY_S = 0.002
+VERIFY_THREADS_MAX = 16  # xxh3 reaches the memory's speed before that
+
+# torch's names for the dtypes of the safetensors format; one that this torch lacks is refused when it is asked for.
+_TORCH_NAMES: Mapping[str, str] = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
+}  # fmt: skip
+_PACKED = {"F4": 2}  # elements in one element of the torch dtype
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for a safetensors dtype name; raises BlockUnavailable if this torch has none."""
+    import torch
+
+    dtype = getattr(torch, _TORCH_NAMES.get(name, ""), None)
+    if not isinstance(dtype, torch.dtype):
+        raise BlockUnavailable(f"torch {torch.__version__} has no dtype for {name}: use a newer torch")
+    return dtype
+
+
+class ExpertTensors(dict[str, "torch.Tensor"]):
+    """Checkpoint name → tensor of one expert. The slice of a fused tensor also answers to `<name>[<expert>]`."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], expert: int) -> None:
+        super().__init__(tensors)
+        self._suffix = f"[{expert}]"
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        if name.endswith(self._suffix) and name.removesuffix(self._suffix) in self:
+            return self[name.removesuffix(self._suffix)]
+        raise KeyError(name)
+
+
+def find_segment(model: str, namespace: str = "default", node: str | None = None) -> str:
+    """The object name of the one segment of this model on this host.
+
+    Raises SegmentNotFound, or SegmentAmbiguous if several nodes of this host hold the model and none is named.
+    """
+    if node is not None:
+        return SegmentName(namespace, model, node).object_name
+    check_name("model", model), check_name("namespace", namespace)
+    found: dict[str, Header] = {}
+    for object_name, header in readable_headers():
+        if (header.name.namespace, header.name.model) == (namespace, model):
+            found[object_name] = header
+    sealed = [o for o, h in found.items() if h.state is SegmentState.SEALED]
+    choice = sealed or list(found)
+    if len(choice) > 1:
+        nodes = ", ".join(sorted(found[o].name.node for o in choice))
+        raise SegmentAmbiguous(f"several nodes of this host hold {model}: say node=… ({nodes})")
+    if not choice:
+        raise SegmentNotFound(
+            f"no segment of {model} in namespace {namespace} on this host: `hotspare ls` lists what is, "
+            f"`hotspare serve --model {model} --checkpoint DIR` makes one"
+        )
+    return choice[0]
+
+
+def readable_headers() -> Iterator[tuple[str, Header]]:
+    """(object name, header) of every segment in /dev/shm whose header this user can read."""
+    from shm.inventory import object_names
+
+    for object_name in object_names():
+        try:
+            fd = posix.open_existing(object_name, read_only=True)
+        except Exception:
+            continue
+        try:
+            yield object_name, read_header(fd, object_name)
+        except Exception:
+            continue
+        finally:
+            os.close(fd)
+
+
+def read_header(fd: int, object_name: str) -> Header:
+    """The header of an open object, read again while its owner is in the middle of writing it."""
+    for attempt in range(HEADER_READS_MAX):
+        try:
+            return Header.unpack(os.pread(fd, HEADER_NBYTES, 0), object_name, os.fstat(fd).st_size)
+        except SegmentCorrupt:
+            if attempt + 1 == HEADER_READS_MAX:
+                raise
+            time.sleep(HEADER_RETRY_S)
+    raise AssertionError("unreachable")
+
+
+def attach(model: str, *, namespace: str = "default", node: str | None = None) -> Attachment:
+    """Map the sealed segment of `model` on this host, read-only and without a copy.
+
+    Raises SegmentNotFound, SegmentAmbiguous, SegmentUnsealed, SegmentForeign, SegmentTruncated, SegmentTooNew,
+    SegmentCorrupt or SegmentForbidden.
+    """
+    object_name = find_segment(model, namespace, node)
+    fd = posix.open_existing(object_name, read_only=True)
+    try:
+        header = read_header(fd, object_name)
+        if header.name.model != model or header.name.namespace != namespace:
+            raise SegmentForeign(f"{SHM_DIRECTORY}/{object_name} is the segment of {header.name}")
+        if header.state is not SegmentState.SEALED:
+            raise SegmentUnsealed(
+                f"{header.name} is not filled yet: wait until its node is ready (`hotspare status`), then attach again"
+            )
+        mapping = mmap.mmap(fd, header.total_nbytes, access=mmap.ACCESS_READ)
+    finally:
+        os.close(fd)
+    return Attachment(header, mapping)
+
+
+class Attachment(Mapping[str, "torch.Tensor"]):
+    """A read-only mapping of a sealed segment: tensor name → `torch.Tensor` on the shared pages."""
+
+    def __init__(self, header: Header, mapping: mmap.mmap) -> None:
+        self.name = header.name
+        self._header = header
+        whole: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
+        self._address = int(whole.ctypes.data)
+        self._view: memoryview = memoryview(mapping)
+        raw = self._view[header.manifest_offset : header.manifest_offset + header.manifest_nbytes]
+        self.manifest: Manifest = Manifest.from_bytes(raw, header.manifest_digest.hex())
+        self._table = np.frombuffer(mapping, ENTRY, header.table_nbytes // ENTRY.itemsize, header.table_offset)
+        # torch keeps this object, and with it the mapping, for as long as a tensor lives.
+        self._bytes = (ctypes.c_ubyte * header.total_nbytes).from_address(self._address)
+        self._bytes.mapping = mapping  # type: ignore[attr-defined]
+        self._pinned: list[int] = []
+        self._closed = False
+
+    # -- what is here ----------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole segment."""
+        return self._header.total_nbytes
+
+    @property
+    def generation(self) -> int:
+        """Differs between segments that had this name one after the other."""
+        return self._header.generation
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Ascending manifest rows of the blocks published here."""
+        self._check_open()
+        return np.flatnonzero(self._table["state"] == BlockState.PUBLISHED)
+
+    def experts(self) -> list[ExpertKey]:
+        """The experts held here, ascending."""
+        keys = (self.manifest.keys[row] for row in self.rows().tolist())
+        return [key for key in keys if key.is_expert]
+
+    def holds(self, row: int) -> bool:
+        """Whether the block of this manifest row is published here."""
+        self._check_open()
+        return bool(self._table["state"][row] == BlockState.PUBLISHED)
+
+    def __iter__(self) -> Iterator[str]:
+        for row in self.rows().tolist():
+            yield from self.manifest.tensor_names(row)
+
+    def __len__(self) -> int:
+        return sum(len(self.manifest.schema(row).tensors) for row in self.rows().tolist())
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            return isinstance(name, str) and self.holds(self.manifest.find(name)[0])
+        except BlockUnavailable:
+            return False
+
+    # -- bytes and tensors -----------------------------------------------------------------------------------
+
+    def _entry(self, row: int) -> tuple[int, int]:
+        self._check_open()
+        entry = self._table[row]
+        if entry["state"] != BlockState.PUBLISHED:
+            layer, expert = self.manifest.keys[row]
+            raise BlockUnavailable(
+                f"expert {expert} of layer {layer} is not published in {self.name}: it is placed on another node, or "
+                "being mended"
+            )
+        return int(entry["offset"]), int(entry["nbytes"])
+
+    def block(self, row: int) -> memoryview:
+        """The bytes of a block, read-only. Raises BlockUnavailable."""
+        offset, nbytes = self._entry(row)
+        return self._view[offset : offset + nbytes]
+
+    def address(self, row: int) -> int:
+        """Where a block lies in this process's memory. Raises BlockUnavailable."""
+        return self._address + self._entry(row)[0]
+
+    def checksum(self, row: int) -> bytes:
+        """The xxh3-128 recorded for the block."""
+        return bytes(self._table["checksum"][row])
+
+    def _tensor(self, block_offset: int, template: TensorTemplate) -> torch.Tensor:
+        import torch
+
+        dtype = torch_dtype(template.dtype)
+        shape = list(template.shape)
+        if template.dtype in _PACKED:
+            shape[-1] //= _PACKED[template.dtype]
+        if template.nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        flat = torch.frombuffer(
+            self._bytes, dtype=torch.uint8, count=template.nbytes, offset=block_offset + template.offset
+        )
+        return flat.view(dtype).view(shape)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        row, template = self.manifest.find(name)
+        return self._tensor(self._entry(row)[0], template)
+
+    def expert(self, layer: int, expert: int) -> ExpertTensors:
+        """Checkpoint name → tensor of one logical expert; of a fused tensor, its slice. Raises BlockUnavailable."""
+        row = self.manifest.index(layer, expert)
+        key, offset = self.manifest.keys[row], self._entry(row)[0]
+        tensors = {
+            fill_template(t.name.removesuffix("[{expert}]"), key): self._tensor(offset, t)
+            for t in self.manifest.schema(row).tensors
+        }
+        return ExpertTensors(tensors, expert)
+
+    def dense(self, layer: int = DENSE) -> dict[str, torch.Tensor]:
+        """The dense tensors of a layer, or those outside any layer; only where the node keeps all (`--include all`)."""
+        return dict(self.expert(layer, DENSE))
+
+    # -- verification and CUDA -------------------------------------------------------------------------------
+
+    def verify(self) -> list[ExpertKey]:
+        """Take every published block's checksum anew; the keys of those whose bytes differ from it."""
+        rows = self.rows().tolist()
+        threads = min(VERIFY_THREADS_MAX, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads, thread_name_prefix="hotspare-verify") as pool:
+            good = pool.map(lambda row: checksum(self.block(row)) == self.checksum(row), rows)
+            return [self.manifest.keys[row] for row, ok in zip(rows, good, strict=True) if not ok]
+
+    def pin(self) -> None:
+        """Page-lock the mapping for CUDA, read-only and in pieces; undone by `close`. Once is enough.
+
+        Takes about 0.05 s a GB, and makes copies to the device run at bus speed. Raises SegmentError without CUDA.
+        """
+        from shm.pinning import pin
+
+        self._check_open()
+        if not self._pinned:
+            self._pinned = pin(self._address, self._header.total_nbytes)
+
+    @property
+    def pinned(self) -> bool:
+        return bool(self._pinned)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BlockUnavailable(f"the attachment to {self.name} is closed: attach again")
+
+    def close(self) -> None:
+        """Undo `pin` and let the mapping go; tensors handed out stay valid. Harmless when repeated."""
+        if self._pinned:
+            from shm.pinning import unpin
+
+            unpin(self._pinned)
+            self._pinned = []
+        self._closed = True
+        del self._view, self._bytes, self._table
+        self._view, self._table = memoryview(b""), np.zeros(0, dtype=ENTRY)
+        self._bytes = (ctypes.c_ubyte * 0)()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Attachment {self.name}, {self.nbytes:,} bytes{', closed' if self._closed else ''}>"

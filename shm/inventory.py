@@ -1,0 +1,105 @@
+"""Segments on this host, with no daemon needed: list them, check them, reclaim what nobody owns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shm import posix
+from shm.errors import HotspareError, SegmentBusy, SegmentForeign, SegmentNotFound
+from shm.layout import PREFIX, SHM_DIRECTORY, Header, SegmentState
+
+SEGMENTS_MAX = 4096  # listed of one host
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """One object in /dev/shm. `header` is None where it cannot be read, and `error` says why."""
+
+    object_name: str
+    nbytes: int
+    header: Header | None
+    owner_alive: bool
+    attached_pids: tuple[int, ...]
+    error: str | None = None
+
+    @property
+    def state(self) -> str:
+        return "unreadable" if self.header is None else self.header.state.name.lower()
+
+
+def object_names() -> Iterator[str]:
+    """Names in /dev/shm that could be segments, sorted."""
+    names = sorted(n for n in os.listdir(SHM_DIRECTORY) if n.startswith(PREFIX + "."))
+    yield from names[:SEGMENTS_MAX]
+
+
+def attached_pids(object_name: str, nodev_ino: tuple[int, int]) -> tuple[int, ...]:
+    """Processes that have the object mapped, as far as this user may see; the owner is among them."""
+    inode = str(nodev_ino[1])
+    path = os.path.join(SHM_DIRECTORY, object_name)
+    pids = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/maps") as maps:
+                if any(path in line and inode in line.split() for line in maps):
+                    pids.append(int(pid))
+        except OSError:
+            continue
+    return tuple(sorted(pids))
+
+
+def inspect(object_name: str) -> SegmentInfo:
+    """Look at one object. Raises SegmentNotFound; anything else that is wrong with it is in `error`."""
+    from shm.attachment import read_header
+
+    try:
+        stat = os.stat(os.path.join(SHM_DIRECTORY, object_name))
+    except FileNotFoundError as error:
+        raise SegmentNotFound(f"there is no {SHM_DIRECTORY}/{object_name}: `hotspare ls` lists what is") from error
+    pids = attached_pids(object_name, (stat.st_dev, stat.st_ino))
+    try:
+        fd = posix.open_existing(object_name, read_only=True)
+    except HotspareError as error:
+        return SegmentInfo(object_name, stat.st_size, None, False, pids, str(error))
+    try:
+        alive = posix.is_locked(fd)
+        try:
+            return SegmentInfo(object_name, stat.st_size, read_header(fd, object_name), alive, pids)
+        except HotspareError as error:
+            return SegmentInfo(object_name, stat.st_size, None, alive, pids, str(error))
+    finally:
+        os.close(fd)
+
+
+def list_segments() -> list[SegmentInfo]:
+    """Every segment of this host, by object name."""
+    found = []
+    for object_name in object_names():
+        try:
+            found.append(inspect(object_name))
+        except SegmentNotFound:
+            continue  # removed while we looked
+    return found
+
+
+def remove(object_name: str) -> int:
+    """Unlink a segment that nobody owns; the bytes that were in it.
+
+    Processes that have it mapped keep the memory until they let go. Raises SegmentBusy while its daemon lives.
+    """
+    info = inspect(object_name)
+    if not object_name.startswith(PREFIX + "."):
+        raise SegmentForeign(f"{SHM_DIRECTORY}/{object_name} is not a Hotspare segment: it is not ours to remove")
+    if info.owner_alive:
+        pid = info.header.owner_pid if info.header else 0
+        raise SegmentBusy(f"{object_name} is owned by process {pid or 'unknown'}, which is alive: stop it first", pid)
+    posix.unlink(object_name)
+    return info.nbytes
+
+
+def is_reclaimable(info: SegmentInfo) -> bool:
+    """Whether nothing is lost by removing it: nobody owns it, and it was never sealed."""
+    sealed = info.header is not None and info.header.state is SegmentState.SEALED
+    return not info.owner_alive and not sealed
