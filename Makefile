@@ -1,0 +1,56 @@
+# `make demo` and `make test` need nothing before them: both set up .venv when it is missing or out of date.
+# PYTHON may name another interpreter: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check bench fmt openapi clean
+
+help:
+	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
+	@echo "make test     the test suite            make check    linters, types, import rules, OpenAPI drift"
+	@echo "make bench    the benchmarks            make fmt      format the code"
+	@echo "make openapi  write openapi/openapi.json"
+	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt .ci/system-libraries
+	@PYTHON="$(PYTHON)" bash .ci/system-libraries
+	@test -x $(BIN)/pip || { echo "building $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV)"
+	@$(PIP_INSTALL) hatchling editables
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[cpu,dev]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/hotspare demo
+
+test: setup
+	@$(BIN)/python -m pytest
+
+check: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m app.openapi_document --check
+
+bench: setup
+	@$(BIN)/python -m pytest tests/bench -m bench -s
+
+fmt: setup
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+openapi: setup
+	@$(BIN)/python -m app.openapi_document --write
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find app shm transfer tests -name __pycache__ -type d -prune -exec rm -rf {} +
