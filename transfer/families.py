@@ -2,14 +2,13 @@
 
     gate-up-down   <stack>.<layer>.….experts.<n>.{gate,up,down}_proj.…   DeepSeek, Kimi, Qwen3, GLM; also without a gate
     w1-w2-w3       <stack>.<layer>.….experts.<n>.{w1,w2,w3}.…            Mixtral, MiniMax; also without w3
-    fused          <stack>.<layer>.….experts.{gate_up_proj,down_proj,…}  gpt-oss, Llama-4, Qwen3.5: the first axis is the
-                                                                         expert
+    fused          <stack>.<layer>.….experts.{gate_up_proj,down_proj,…}  gpt-oss, Llama-4, Qwen3.5
     generic        <stack>.<layer>.….experts.<n>.…                       any other names
     mixed          more than one of these in one model
 
 What follows the projection's name (weight, weight_scale_inv, weight_packed, _blocks, …) is free: an expert's scales go
-with it. A fused tensor's share of expert e is called `<name>[e]`. Every other tensor is dense: routers, shared experts,
-attention, and a single number that the experts of a fused layer have in common (their input scale).
+with it. A fused tensor's first axis is the expert; the share of expert e is called `<name>[e]`. Every other tensor is
+dense: routers, shared experts, attention, and a single number that the experts of a fused layer have in common.
 
 A stack is a run of layers that have experts. The one with the most layers is the main one. Another whose layer numbers
 collide with it (`mtp.layers.0` beside `model.layers.0`) goes after the main stack's last layer, in order of name.
