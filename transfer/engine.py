@@ -1,0 +1,181 @@
+"""What Hotspare needs of a transfer engine, and Mooncake's. The only place that imports mooncake.
+
+Mooncake answers in return codes; none leaves this file. It reads its environment variables when an engine starts, so
+the defaults below are set before the import, and yield to what the user has set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from transfer.errors import EngineMissing, EngineRefused, TransferFailed
+
+REGISTER_PIECE_NBYTES = 1 << 30  # larger RDMA regions were once truncated without a word
+ITEMS_PER_BATCH_MAX = 1024  # over TCP a batch of 2,048 passes and one of 3,000 is refused
+BATCH_NBYTES_MAX = 128 << 20
+TRANSFER_TIMEOUT_S = 10  # a stopped peer is given up after this; Mooncake's own default is 30
+TIMED_OUT_SHARE = 0.9  # a failure after this share of the timeout counts as one: late bytes are possible
+TCP_IO_THREADS_MAX = 8  # 16 cores: 22 GB/s with 8, 12 with 4, 3 by default
+TCP_LANES_PER_PEER = 8
+
+EXTRAS = "`pip install 'hotspare[cpu]'`, `[cuda12]` or `[cuda13]`"
+
+
+class Copy(NamedTuple):
+    """`nbytes` bytes from address `source` to address `destination`; which side is remote, the verb says."""
+
+    destination: int
+    source: int
+    nbytes: int
+
+
+class TransferEngine(Protocol):
+    """Moves bytes between registered memory of two processes. Every call may block; none holds the GIL for long."""
+
+    @property
+    def session_id(self) -> str:
+        """What a peer calls this engine: `host:port`. A restarted process has another."""
+        ...
+
+    def register(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Open (address, nbytes) ranges to transfers, both as source and as destination. Raises EngineRefused."""
+        ...
+
+    def unregister(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Close ranges that `register` opened. Raises EngineRefused."""
+        ...
+
+    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
+        """Copy from the peer's memory into ours. All or nothing: raises TransferFailed."""
+        ...
+
+    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
+        """Copy from our memory into the peer's. All or nothing: raises TransferFailed."""
+        ...
+
+
+def set_defaults(transport: str) -> None:
+    """Put Mooncake's environment in order for an engine that starts after this; what is set stays."""
+    threads = str(max(1, min(TCP_IO_THREADS_MAX, (os.cpu_count() or 2) // 2)))
+    defaults = {
+        "MC_LOG_LEVEL": "ERROR",
+        "MC_TRANSFER_TIMEOUT": str(TRANSFER_TIMEOUT_S),
+        "MC_NUM_TCP_IO_THREADS": threads,
+        "MC_TCP_ENABLE_CONNECTION_POOL": "1",
+        "MC_TCP_LANES_PER_PEER": str(TCP_LANES_PER_PEER),
+    }
+    if transport == "tcp":
+        defaults["MC_FORCE_TCP"] = "1"  # with RDMA cards present, "tcp" alone still picks RDMA
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def pieces(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Cut (address, nbytes) ranges at addresses that are multiples of REGISTER_PIECE_NBYTES.
+
+    Mooncake refuses a copy that is not within one registered region (over TCP, 0.3.13, "not within any registered
+    buffer"). With cuts at fixed addresses, the other side knows where they are without being told.
+    """
+    step = REGISTER_PIECE_NBYTES
+    return [
+        (max(address, at), min(address + nbytes, at + step) - max(address, at))
+        for address, nbytes in ranges
+        for at in range(address // step * step, address + nbytes, step)
+    ]
+
+
+def within_pieces(copies: Iterable[Copy]) -> list[Copy]:
+    """Cut copies so that each lies within one registered piece on both sides; see `pieces`."""
+    step = REGISTER_PIECE_NBYTES
+    cut: list[Copy] = []
+    for destination, source, nbytes in copies:
+        while nbytes > 0:
+            size = min(nbytes, step - destination % step, step - source % step)
+            cut.append(Copy(destination, source, size))
+            destination, source, nbytes = destination + size, source + size, nbytes - size
+    return cut
+
+
+class MooncakeEngine:
+    """Mooncake's transfer engine in peer-to-peer mode: no metadata server, a port of its own on every interface."""
+
+    def __init__(self, host: str, transport: str = "tcp", devices: str = "") -> None:
+        """Start an engine that peers reach at `host`. Raises EngineMissing or EngineRefused."""
+        set_defaults(transport)
+        engine = _mooncake().TransferEngine()
+        code = engine.initialize(host, "P2PHANDSHAKE", transport, devices)
+        if code:
+            raise EngineRefused(
+                f"Mooncake would not start on {host} over {transport} (code {code}): is {host} an address "
+                "of this host, and for rdma, is there a card?"
+            )
+        self._engine = engine
+        self._host = host
+
+    @classmethod
+    def wrap(cls, engine: Any, host: str) -> MooncakeEngine:
+        """Use an engine that this process has already: a `mooncake.engine.TransferEngine` initialized on `host`."""
+        wrapped = cls.__new__(cls)
+        wrapped._engine, wrapped._host = engine, host
+        return wrapped
+
+    @property
+    def session_id(self) -> str:
+        return f"{self._host}:{self._engine.get_rpc_port()}"
+
+    def register(self, ranges: Iterable[tuple[int, int]]) -> None:
+        done: list[tuple[int, int]] = []
+        for piece in pieces(ranges):
+            # The batch call releases the GIL, the single one does not.
+            code = self._engine.batch_register_memory([piece[0]], [piece[1]])
+            if code:
+                self.unregister(done)
+                raise EngineRefused(
+                    f"Mooncake would not register {piece[1]:,} bytes at {piece[0]:#x} (code {code}): over rdma, raise "
+                    "the memory-lock limit (`ulimit -l unlimited`); ranges must not overlap"
+                )
+            done.append(piece)
+
+    def unregister(self, ranges: Iterable[tuple[int, int]]) -> None:
+        addresses = [address for address, _ in pieces(ranges)]
+        if addresses and (code := self._engine.batch_unregister_memory(addresses)):
+            raise EngineRefused(f"Mooncake would not unregister {len(addresses)} ranges (code {code})")
+
+    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
+        self._transfer(self._engine.batch_transfer_sync_read, session_id, copies, ours="destination")
+
+    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
+        self._transfer(self._engine.batch_transfer_sync_write, session_id, copies, ours="source")
+
+    def _transfer(self, verb: Any, session_id: str, copies: Sequence[Copy], ours: str) -> None:
+        destinations, sources, sizes = map(list, zip(*within_pieces(copies), strict=True))
+        here, there = (destinations, sources) if ours == "destination" else (sources, destinations)
+        started = time.monotonic()
+        code = verb(session_id, here, there, sizes)
+        if code:
+            seconds = time.monotonic() - started
+            timeout_s = float(os.environ.get("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT_S))
+            raise TransferFailed(
+                f"{len(copies)} copies, {sum(sizes):,} bytes, with {session_id} failed after {seconds:.1f} s",
+                timed_out=seconds >= timeout_s * TIMED_OUT_SHARE,
+            )
+
+
+def _mooncake() -> Any:
+    try:
+        return importlib.import_module("mooncake.engine")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "mooncake":
+            raise EngineMissing(
+                f"no Mooncake transfer engine is installed: {EXTRAS} brings the one for this host"
+            ) from error
+        raise
+    except ImportError as error:
+        raise EngineMissing(
+            f"the Mooncake wheel that is installed does not load ({error}): {EXTRAS} must fit this host's CUDA, one wheel "
+            "at a time, and Debian's libibverbs1 is needed (`apt-get install libibverbs1`)"
+        ) from error
