@@ -73,12 +73,12 @@ class SlotPlan:
                 raise SlotMismatch(
                     f"{manifest.model} has no expert {key.expert} in layer {key.layer}: bind no slot to it"
                 )
+            if place.names is not None:
+                _check_names(key, place.names, manifest.schemas[schema])
             pair = (id(place.form), schema)
             if pair not in made:
                 made[pair] = _relative_copies(key, place, manifest.schemas[schema], tensors)
             templates[key] = made[pair]
-            if place.names is not None:
-                _check_names(key, place.names, manifest.schemas[schema])
         return cls(tensors, places, templates)
 
     @property
@@ -140,10 +140,10 @@ class SlotPlan:
 
 def _check_names(key: ExpertKey, names: frozenset[str], schema: BlockSchema) -> None:
     expected = {fill_template(t.name, key) for t in schema.tensors}
-    if expected != names:
-        wrong = sorted(expected ^ names)[0]
-        where = "is not bound" if wrong in expected else "is not in the checkpoint"
-        raise SlotMismatch(f"layer {key.layer}, expert {key.expert}: {wrong} {where}: bind exactly the block's tensors")
+    if foreign := sorted(names - expected):
+        raise SlotMismatch(f"{foreign[0]} is not in the checkpoint, which has {sorted(expected)[0]}: name it as there")
+    if missing := sorted(expected - names):
+        raise SlotMismatch(f"{missing[0]} is not bound, and others of its expert are: bind all of a block's tensors")
 
 
 def _relative_copies(
@@ -164,7 +164,7 @@ def _relative_copies(
         if got != nbytes:
             raise SlotMismatch(
                 f"{tensors[index].name} has {nbytes} bytes a slot, the block of layer {key.layer}, expert {key.expert} "
-                f"fills {got} of them: the engine made the rest itself, and a copy would not restore it; reload it from disk"
+                f"fills {got} of them: the engine made the rest itself, so reload it from disk"
             )
     return coalesce(copies)
 
