@@ -23,7 +23,14 @@ from shm.errors import ManifestError
 from shm.manifest import FILES_MAX, FileSpec, Manifest, check_name
 from transfer.errors import CheckpointError
 from transfer.families import Grouping, Include, group_tensors
-from transfer.safetensors_header import FileHeader, StoredTensor, parse_json, read_header
+from transfer.safetensors_header import (
+    FileHeader,
+    StoredTensor,
+    check_with_library,
+    parse_header,
+    parse_json,
+    read_header,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -159,7 +166,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_headers(directory: Path, files: Sequence[str]) -> list[FileHeader]:
     with ThreadPoolExecutor(min(READ_THREADS, len(files))) as pool:
-        return list(pool.map(read_header, (directory / name for name in files), range(len(files))))
+        paths = [directory / name for name in files]
+        headers = [parse_header(header, file) for file, header in enumerate(pool.map(read_header, paths))]
+        list(pool.map(check_with_library, paths))  # last: its messages do not name tensors
+        return headers
 
 
 def _merge(headers: Sequence[FileHeader], listed: Mapping[str, str]) -> dict[str, StoredTensor]:

@@ -181,6 +181,7 @@ class _Sorter:
     def _sort_layer(self, layer: _Layer, number: int, *, is_literal: bool) -> int:
         """Put the layer's experts into blocks; returns how many it has."""
 
+        @lru_cache
         def template(head: LayerName, tail: str) -> str:
             return head.template(tail, str(head.number) if is_literal else "{layer}")
 

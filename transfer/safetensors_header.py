@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import safetensors
 import xxhash
@@ -52,11 +52,16 @@ class FileHeader(NamedTuple):
     tensors: tuple[StoredTensor, ...]
 
 
-def read_header(path: Path, file: int) -> FileHeader:
-    """Read and check the header of `path`, number `file` of its checkpoint.
+class RawHeader(NamedTuple):
+    """A file's length and header as they lie in it, and the file's size in bytes."""
 
-    Raises CheckpointError, naming file, tensor and reason, for anything that is not a whole safetensors file.
-    """
+    path: Path
+    raw: bytes
+    size: int
+
+
+def read_header(path: Path) -> RawHeader:
+    """Read the header of `path`; raises CheckpointError. Waits for the file system only, so threads help."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before opening: a pipe would block
             raise CheckpointError(f"{path} is not a regular file: {_AGAIN}")
@@ -67,9 +72,17 @@ def read_header(path: Path, file: int) -> FileHeader:
         raise CheckpointError(f"{path} is missing: {_AGAIN}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return RawHeader(path, raw, size)
+
+
+def parse_header(header: RawHeader, file: int) -> FileHeader:
+    """Check what `read_header` read; the file gets the number `file` in its checkpoint.
+
+    Raises CheckpointError, naming file, tensor and reason, for anything that is not a whole safetensors file.
+    """
+    path, raw, size = header
     tensors = _parse(path, raw, file, size)
     _check_cover(path, tensors, len(raw), size)
-    _open_with_library(path)
     return FileHeader(path.name, size, xxhash.xxh3_128_hexdigest(raw), tensors)
 
 
@@ -122,32 +135,40 @@ def _parse(path: Path, raw: bytes, file: int, size: int) -> tuple[StoredTensor, 
 
 
 def _parse_tensor(path: Path, name: str, entry: Any, file: int, data_start: int, size: int) -> StoredTensor:
-    where = f"{path}: tensor {name[:200]!r}"
     if not name.isprintable() or not 0 < len(name) <= TENSOR_NAME_CHARS_MAX or not NAME_FORBIDDEN.isdisjoint(name):
         raise CheckpointError(
-            f"{where}: a tensor's name has 1 to {TENSOR_NAME_CHARS_MAX} printable characters, none of "
-            f"{''.join(sorted(NAME_FORBIDDEN))}: rename it in the checkpoint"
+            f"{path}: tensor {name[:200]!r}: a tensor's name has 1 to {TENSOR_NAME_CHARS_MAX} printable characters, "
+            f"none of {''.join(sorted(NAME_FORBIDDEN))}: rename it in the checkpoint"
         )
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError):
-        raise CheckpointError(f"{where} lacks dtype, shape or data_offsets: {_AGAIN}") from None
+        raise CheckpointError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets: {_AGAIN}") from None
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: dtype, shape or data_offsets are not text and whole numbers: {_AGAIN}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: dtype, shape or data_offsets are not text and whole numbers: {_AGAIN}"
+        )
     begin, end = offsets
     try:
         expected = tensor_nbytes(dtype, shape)
     except ManifestError as error:
-        raise CheckpointError(f"{where}: {error}; {_AGAIN}, or upgrade Hotspare if the dtype is new") from None
-    if not begin <= end:
-        raise CheckpointError(f"{where} ends at {end}, before it begins at {begin}: {_AGAIN}")
-    if end > size - data_start:
-        raise CheckpointError(f"{where} ends at {end:,}, the file's data has {size - data_start:,} bytes: {_AGAIN}")
-    if end - begin != expected:
         raise CheckpointError(
-            f"{where}: {dtype} {shape} takes {expected:,} bytes, its range has {end - begin:,}: {_AGAIN}"
-        )
+            f"{path}: tensor {name!r}: {error}; {_AGAIN}, or upgrade Hotspare if the dtype is new"
+        ) from None
+    if not 0 <= end - begin == expected or end > size - data_start:
+        _refuse_range(f"{path}: tensor {name!r}", entry, expected, size - data_start)
     return StoredTensor(name, dtype, tuple(shape), file, data_start + begin, expected)
+
+
+def _refuse_range(where: str, entry: dict[str, Any], expected: int, data_nbytes: int) -> NoReturn:
+    begin, end = entry["data_offsets"]
+    if begin > end:
+        raise CheckpointError(f"{where} ends at {end}, before it begins at {begin}: {_AGAIN}")
+    if end > data_nbytes:
+        raise CheckpointError(f"{where} ends at {end:,}, the file's data has {data_nbytes:,} bytes: {_AGAIN}")
+    raise CheckpointError(
+        f"{where}: {entry['dtype']} {entry['shape']} takes {expected:,} bytes, its range has {end - begin:,}: {_AGAIN}"
+    )
 
 
 def _are_sizes(numbers: Any) -> bool:
@@ -168,7 +189,8 @@ def _check_cover(path: Path, tensors: Sequence[StoredTensor], data_start: int, s
         raise CheckpointError(f"{path}: {size - end:,} bytes after {before} belong to no tensor: {_AGAIN}")
 
 
-def _open_with_library(path: Path) -> None:
+def check_with_library(path: Path) -> None:
+    """Have the safetensors library open the file, which maps it and reads its header; raises CheckpointError."""
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass
