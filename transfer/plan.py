@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A source that has a block, at `address` there (for the disk: meaningless, 0)."""
+    """A source that has a block, at `address` there; for the disk, any number that puts its reads in order."""
 
     source: str
     address: int
@@ -42,7 +42,7 @@ class Batch:
     """What one call moves: whole blocks, and the copies that bring them, from one source."""
 
     source: str
-    rows: tuple[int, ...]
+    wants: tuple[Want, ...]
     copies: tuple[Copy, ...]
     nbytes: int
 
@@ -93,18 +93,18 @@ def coalesce(copies: Iterable[Copy]) -> list[Copy]:
 def batches(source: str, work: Sequence[tuple[Want, Offer]], limits: Limits) -> tuple[Batch, ...]:
     """Cut one source's work into bounded batches of whole blocks, in ascending order of address there."""
     made: list[Batch] = []
-    rows: list[int] = []
+    wants: list[Want] = []
     copies: list[Copy] = []
     nbytes = 0
     for want, offer in sorted(work, key=lambda pair: (pair[1].address, pair[0].row)):
-        if rows and (nbytes + want.nbytes > limits.nbytes or len(copies) + len(want.pieces) > limits.items):
-            made.append(Batch(source, tuple(rows), tuple(coalesce(copies)), nbytes))
-            rows, copies, nbytes = [], [], 0
-        rows.append(want.row)
+        if wants and (nbytes + want.nbytes > limits.nbytes or len(copies) + len(want.pieces) > limits.items):
+            made.append(Batch(source, tuple(wants), tuple(coalesce(copies)), nbytes))
+            wants, copies, nbytes = [], [], 0
+        wants.append(want)
         copies.extend(Copy(p.destination, offer.address + p.offset, p.nbytes) for p in want.pieces)
         nbytes += want.nbytes
-    if rows:
-        made.append(Batch(source, tuple(rows), tuple(coalesce(copies)), nbytes))
+    if wants:
+        made.append(Batch(source, tuple(wants), tuple(coalesce(copies)), nbytes))
     return tuple(made)
 
 
