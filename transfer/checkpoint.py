@@ -83,6 +83,17 @@ def read_checkpoint(directory: Path | str, model: str, include: Include = "exper
     return Checkpoint(directory, manifest)
 
 
+def changed_files(directory: Path | str, manifest: Manifest) -> tuple[str, ...]:
+    """Files whose size or header is not what `manifest` says. Headers are read, not parsed: quick enough for a restart.
+
+    Raises CheckpointError if a file is missing or cannot be read.
+    """
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        headers = pool.map(read_header, [Path(directory) / file.name for file in manifest.files])
+        now = [FileSpec(header.path.name, header.size, header.digest) for header in headers]
+    return tuple(file.name for file, seen in zip(manifest.files, now, strict=True) if file != seen)
+
+
 # -- files -----------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,11 @@ class RawHeader(NamedTuple):
     raw: bytes
     size: int
 
+    @property
+    def digest(self) -> str:
+        """xxh3-128 of length and header, hex."""
+        return xxhash.xxh3_128_hexdigest(self.raw)
+
 
 def read_header(path: Path) -> RawHeader:
     """Read the header of `path`; raises CheckpointError. Waits for the file system only, so threads help."""
@@ -83,7 +88,7 @@ def parse_header(header: RawHeader, file: int) -> FileHeader:
     path, raw, size = header
     tensors = _parse(path, raw, file, size)
     _check_cover(path, tensors, len(raw), size)
-    return FileHeader(path.name, size, xxhash.xxh3_128_hexdigest(raw), tensors)
+    return FileHeader(path.name, size, header.digest, tensors)
 
 
 def parse_json(text: bytes, what: str) -> Any:
