@@ -194,6 +194,20 @@ def test_the_parts_of_all_tensor_parallel_ranks_make_the_block() -> None:
     assert {key: bytes(b) for key, b in back.items()} == {key: model.block(key) for key in model.tensors}
 
 
+def test_a_table_of_unlike_layers_is_in_the_order_asked_for() -> None:
+    wide, narrow = per_expert((0,), 3, 9, 6, torch.bfloat16), per_expert((1,), 3, 5, 4, FP8, group=4)
+    model = Model(wide.tensors | narrow.tensors)
+    parameters = fused_parameters((0,), 3, 9, 6, torch.bfloat16) | fused_parameters((1,), 3, 5, 4, FP8, group=4)
+    plan = Slots.fused(parameters).plan(model.manifest)
+    model.fill(plan)
+    keys = [ExpertKey(1, 2), ExpertKey(0, 1), ExpertKey(1, 0), ExpertKey(0, 2)]
+    expected = [(n, 0, *copy) for n, key in enumerate(keys) for copy in plan.copies(key)[0]]
+    assert plan.table(keys).tolist() == expected
+    assert len(plan.table([])) == 0
+    with pytest.raises(KeyError):
+        plan.table([ExpertKey(2, 0)])
+
+
 # -- shape of the instructions -------------------------------------------------------------------------------------
 
 
@@ -411,6 +425,14 @@ def test_kernels_that_hold_weights_transposed_are_refused_even_where_square() ->
     }
     with pytest.raises(SlotMismatch, match=r"down_proj.weight is \[14, 7\] in the checkpoint, and \[7, 14\]"):
         Slots.stacked(stacked).plan(model.manifest)
+
+
+def test_transposed_on_both_sides_has_no_halves_to_order() -> None:
+    shapes = {"gate_up_proj": (6, 10), "down_proj": (5, 6)}
+    named = {f"{STEM}{n}[{{expert}}]": noise(s, torch.bfloat16) for n, s in shapes.items()}
+    model = Model({ExpertKey(0, 0): named})
+    transposed = pair(noise((1, 6, 10), torch.bfloat16), noise((1, 5, 6), torch.bfloat16))
+    refused(transposed, model, r"not \[slots, 2·I, H\]", layout="up_first")
 
 
 def test_a_transposed_view_is_refused() -> None:
