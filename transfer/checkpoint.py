@@ -72,9 +72,8 @@ def read_checkpoint(directory: Path | str, model: str, include: Include = "exper
     files, listed = _find_files(directory, present)
     counts = _read_config(directory / CONFIG_NAME) if CONFIG_NAME in present else _Counts()
     headers = _read_headers(directory, files)
-    tensors = _merge(headers, listed)
     try:
-        grouping = group_tensors(tensors.values(), files, include)
+        grouping = group_tensors(_merge(headers, listed).values(), files, include)
         _check_config(grouping, counts)
         specs = [FileSpec(header.name, header.nbytes, header.digest) for header in headers]
         manifest = Manifest.build(model, grouping.family, include, specs, grouping.blocks)
@@ -104,8 +103,10 @@ def _list(directory: Path) -> list[str]:
         raise CheckpointError(f"{directory} does not exist: give the directory that a checkpoint lies in") from None
     except NotADirectoryError:
         raise CheckpointError(f"{directory} is no directory: give the one that the checkpoint lies in") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} cannot be read: {error}") from error
+    except ValueError:
+        raise CheckpointError(f"{str(directory)!r} is no name of a directory: give the one of a checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}; mend its permissions") from error
 
 
 def _find_files(directory: Path, present: Sequence[str]) -> tuple[list[str], dict[str, str]]:
