@@ -200,6 +200,11 @@ def test_dense_blocks_go_to_every_node_and_do_not_disturb_the_experts() -> None:
     assert all(placement.rows_of(node).tolist()[:3] == [0, 1, 2] for node in names(3))
 
 
+def test_first_nodes_of_dense_blocks_spread() -> None:
+    placement = Placement.compute(manifest_of({ExpertKey(layer, DENSE): 333 for layer in range(33)}), names(3), 1)
+    assert {placement.nodes_of(row)[0] for row in range(33)} == set(names(3))
+
+
 def test_a_model_of_dense_blocks_alone_can_be_placed() -> None:
     placement = Placement.compute(manifest_of({ExpertKey(layer, DENSE): 333 for layer in range(5)}), names(3), 2)
     assert block_counts(placement) == [5, 5, 5]

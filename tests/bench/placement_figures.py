@@ -84,9 +84,7 @@ def step_row(manifest: Manifest, before: int, after: int, replicas: int) -> Sequ
 def main() -> None:
     manifest = manifest_of(*DEEPSEEK_V3)
     manifest.digest  # noqa: B018 - computed once for a model, so not part of the times below
-    print(
-        "| nodes | replicas | bytes a node, from even | moved, times the least | served by one survivor, times even | ms |"
-    )
+    print("| nodes | replicas | bytes a node, from even | moved, times the least | one survivor, times even | ms |")
     print("|---|---|---|---|---|---|")
     for before, after in STEPS:
         for replicas in REPLICAS:
