@@ -140,10 +140,10 @@ def _parse(path: Path, raw: bytes, file: int, size: int) -> tuple[StoredTensor, 
 
 
 def _parse_tensor(path: Path, name: str, entry: Any, file: int, data_start: int, size: int) -> StoredTensor:
-    if not name.isprintable() or not 0 < len(name) <= TENSOR_NAME_CHARS_MAX or not NAME_FORBIDDEN.isdisjoint(name):
+    if not _is_name(name):
         raise CheckpointError(
             f"{path}: tensor {name[:200]!r}: a tensor's name has 1 to {TENSOR_NAME_CHARS_MAX} printable characters, "
-            f"none of {''.join(sorted(NAME_FORBIDDEN))}: rename it in the checkpoint"
+            f"none of {''.join(sorted(NAME_FORBIDDEN))}, and something between dots: rename it in the checkpoint"
         )
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -163,6 +163,12 @@ def _parse_tensor(path: Path, name: str, entry: Any, file: int, data_start: int,
     if not 0 <= end - begin == expected or end > size - data_start:
         _refuse_range(f"{path}: tensor {name!r}", entry, expected, size - data_start)
     return StoredTensor(name, dtype, tuple(shape), file, data_start + begin, expected)
+
+
+def _is_name(name: str) -> bool:
+    if not name.isprintable() or not 0 < len(name) <= TENSOR_NAME_CHARS_MAX:
+        return False
+    return NAME_FORBIDDEN.isdisjoint(name) and ".." not in f".{name}."
 
 
 def _refuse_range(where: str, entry: dict[str, Any], expected: int, data_nbytes: int) -> NoReturn:

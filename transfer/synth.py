@@ -116,8 +116,8 @@ def write_checkpoint(
     _check_directory(directory)
     _check_space(directory, plan.nbytes)
     was_there = directory.exists()
+    _make(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         _write_all(directory, plan, seed)
     except BaseException as error:  # an interrupt too leaves nothing that looks like a checkpoint
         _remove(directory, plan, was_there)
@@ -185,6 +185,13 @@ def _check_directory(directory: Path) -> None:
             raise InvalidInput(f"{directory} is there and not an empty directory: choose another, or empty it")
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{str(directory)!r} cannot be used ({error}): choose another directory") from error
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"{directory} cannot be made ({error}): choose another directory") from error
 
 
 def _check_space(directory: Path, nbytes: int) -> None:

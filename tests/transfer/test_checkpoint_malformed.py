@@ -269,7 +269,7 @@ def test_file_cut_short(tmp_path: Path) -> None:
     refused(tmp_path, "ends at 270, the file's data has 263 bytes")
 
 
-@pytest.mark.parametrize("name", ["", "x" * 1025, "tab\t", "model.{layer}.x", "a[3]", "\ud800"])
+@pytest.mark.parametrize("name", ["", "x" * 1025, "tab\t", "model.{layer}.x", "a[3]", "\ud800", "a..b", ".a", "a."])
 def test_tensor_name_that_cannot_be(damaged: Callable[..., Path], name: str) -> None:
     refused(damaged(lambda h: h.update({name: h.pop(EXPERT)})), "printable characters")
 
@@ -363,7 +363,12 @@ def read_or_refuse(directory: Path, data: bytes) -> None:
     (directory / "model.safetensors").write_bytes(data)
     for include in ("experts", "all"):
         with contextlib.suppress(CheckpointError):
-            assert len(read_checkpoint(directory, "m", include).manifest.digest) == 64  # type: ignore[arg-type]
+            manifest = read_checkpoint(directory, "m", include).manifest  # type: ignore[arg-type]
+            assert len(manifest.digest) == 64
+            names = {name.partition("[")[0] for i in range(len(manifest)) for name in manifest.tensor_names(i)}
+            header, _ = split(data)
+            assert names <= set(header)
+            assert include == "experts" or names == set(header) - {"__metadata__"}
 
 
 def split(data: bytes) -> tuple[Header, bytes]:
