@@ -42,7 +42,8 @@ check: setup
 	@$(BIN)/python -m app.openapi_document --check
 
 bench: setup
-	@$(BIN)/python -m pytest tests/bench -m bench -s
+	@set -e; for script in $(wildcard tests/bench/*_figures.py); do echo "== $$script"; $(BIN)/python $$script; done
+	@$(if $(wildcard tests/bench/test_*.py),$(BIN)/python -m pytest tests/bench -m bench -s,true)
 
 fmt: setup
 	@$(BIN)/ruff format .

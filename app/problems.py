@@ -167,7 +167,9 @@ class Problem(BaseModel):
     status: int = Field(description="The HTTP status", examples=[404])
     detail: str = Field(description="What went wrong this time, and what to do about it")
     instance: str = Field(description="The path of the request", examples=["/v1/restores/7"])
-    errors: list[FieldError] | None = Field(None, description="The values that were refused, of a validation error")
+    errors: list[FieldError] | None = Field(
+        default=None, description="The values that were refused, of a validation error"
+    )
 
 
 def problem_type(error: HotspareError) -> ProblemType:

@@ -98,7 +98,7 @@ class Settings(BaseModel):
     listen: str = DEFAULT_LISTEN
     data_host: str | None = None
     peers: dict[str, str] = Field(default_factory=dict)
-    replicas: int | None = Field(None, ge=1)
+    replicas: int | None = Field(default=None, ge=1)
     include: Literal["experts", "all"] = "experts"
     fill: Literal["auto", "disk", "peer", "none"] = "auto"
     namespace: str = "default"
