@@ -309,6 +309,13 @@ def test_nested_config_with_more_layers(sharded: Path, nest: str) -> None:
     refused(sharded, "5 layers (num_hidden_layers)", "end with layer 1", "finish the download")
 
 
+def test_config_of_several_stacks_is_that_of_the_one_with_most_layers(sharded: Path) -> None:
+    small, large = {"num_hidden_layers": 1, "num_experts": 9}, {"num_hidden_layers": 2, "num_experts": 3}
+    for config in ({"talker": small, "thinker": large}, {"thinker": large, "talker": small}):
+        (sharded / "config.json").write_text(json.dumps(config))
+        assert len(read_checkpoint(sharded, "m").manifest) == 6
+
+
 def test_config_with_fewer_layers_leaves_room_for_those_that_predict_ahead(sharded: Path) -> None:
     (sharded / "config.json").write_text(json.dumps({"num_hidden_layers": 1, "n_routed_experts": 3}))
     assert len(read_checkpoint(sharded, "m").manifest) == 6
