@@ -46,7 +46,7 @@ def _page(app: FastAPI) -> HTMLResponse:
 
 def mount_docs(app: FastAPI) -> None:
     """Serve GET /docs and its files. Replaces FastAPI's own /docs and /redoc, which load from the internet."""
-    replaced = {app.docs_url, app.redoc_url, app.swagger_ui_oauth2_redirect_url, DOCS_PATH}
+    replaced = {app.docs_url, app.redoc_url, app.swagger_ui_oauth2_redirect_url, DOCS_PATH} - {None}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in replaced]
 
     async def docs() -> HTMLResponse:

@@ -10,7 +10,7 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from app.docs_ui import ASSETS_DIRECTORY, mount_docs
 
@@ -78,6 +78,16 @@ async def test_nothing_outside_the_assets_is_served() -> None:
 
 def test_the_page_is_not_part_of_the_api() -> None:
     assert list(documented_app().openapi()["paths"]) == ["/v1/things/{thing_id}"]
+
+
+async def test_routers_that_were_there_before_stay() -> None:
+    app = FastAPI(docs_url=None, redoc_url=None)
+    router = APIRouter()
+    router.add_api_route("/livez", lambda: 3)
+    app.include_router(router)
+    mount_docs(app)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as client:
+        assert (await client.get("/livez")).json() == 3
 
 
 def test_the_files_come_with_their_licence() -> None:
