@@ -176,6 +176,6 @@ def _mooncake() -> Any:
         raise
     except ImportError as error:
         raise EngineMissing(
-            f"the Mooncake wheel that is installed does not load ({error}): {EXTRAS} must fit this host's CUDA, one wheel "
-            "at a time, and Debian's libibverbs1 is needed (`apt-get install libibverbs1`)"
+            f"the Mooncake wheel that is installed does not load ({error}): {EXTRAS} must fit this host's CUDA, one "
+            "wheel at a time, and Debian's libibverbs1 is needed (`apt-get install libibverbs1`)"
         ) from error

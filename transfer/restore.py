@@ -85,6 +85,9 @@ class Restore:
         except BaseException as error:
             self.progress.finish(RestoreState.FAILED, f"{type(error).__name__}: {error}")
             raise
+        finally:
+            for source in self._sources.values():
+                source.close()
         return self.report()
 
     def _run(self) -> None:

@@ -56,6 +56,10 @@ class Source(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give up what it holds open. Called once, when the restore has ended."""
+        ...
+
 
 class InPlace:
     """Blocks that are where they belong already: nothing is moved, they are only verified."""
@@ -70,6 +74,9 @@ class InPlace:
 
     def fetch(self, batch: Batch) -> Mapping[int, bytes]:
         return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class LocalSource:
@@ -87,6 +94,9 @@ class LocalSource:
         for copy in batch.copies:
             ctypes.memmove(copy.destination, copy.source, copy.nbytes)
         return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class PeerSource:
@@ -106,6 +116,9 @@ class PeerSource:
         for call in split(batch.copies, self.limits):
             self._engine.read(self.session_id, call)
         return {}
+
+    def close(self) -> None:
+        """Nothing is open: the engine is not ours."""
 
 
 class Run:

@@ -1,0 +1,72 @@
+"""What the routes of one daemon share: made once, before it serves."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from app.cluster import Cluster
+from app.fill import Filler
+from app.membership import Membership
+from app.node import Node
+from app.peers import PeerClient
+from app.problems import Unavailable
+from app.restores import RestoreStore
+from app.settings import Settings
+
+_log = logging.getLogger("hotspare.node")
+
+
+@dataclass(frozen=True)
+class Context:
+    """The parts of a running node, from the segment up."""
+
+    node: Node
+    cluster: Cluster
+    restores: RestoreStore
+    filler: Filler
+    client: PeerClient
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @classmethod
+    def open(cls, settings: Settings) -> Context:
+        """Open the node: claim, adopt or allocate. Blocks; raises what `Node.open` raises, and leaves nothing then."""
+        client = PeerClient(settings.token.get_secret_value() if settings.token else None)
+        membership = Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace)
+        cluster = Cluster(membership, client)
+        node = Node(settings, cluster)
+        try:
+            node.open()
+        except BaseException:
+            client.close()
+            raise
+        store = RestoreStore(node, client)
+        return cls(node, cluster, store, Filler(node, store), client)
+
+    def start(self) -> None:
+        """Begin to poll, to restore and to fill, each in a thread."""
+        self.restores.start()
+        self.cluster.start()
+        self.filler.start()
+
+    def stop(self) -> None:
+        """End every thread, then let the segment go: sealed, it stays for the next daemon. Blocks."""
+        self.restores.stop()
+        self.filler.stop()
+        self.cluster.stop()
+        self.node.close()
+        self.client.close()
+
+
+def _context(request: Request) -> Context:
+    context = getattr(request.app.state, "context", None)
+    if not isinstance(context, Context):
+        raise Unavailable("the node is starting", retry_after_s=1)
+    return context
+
+
+CurrentContext = Annotated[Context, Depends(_context)]

@@ -1,0 +1,85 @@
+"""Filling a node when it starts: from peers, else from disk, as `--fill` says. Made of ordinary restores."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from app.node import Node
+from app.restores import RestoreStore
+from transfer.errors import CheckpointError
+from transfer.origin import first_difference
+from transfer.sources import SourceKind
+
+RETRY_INTERVAL_S = 0.5  # between looks at whether peers have something new
+
+KINDS = {
+    "auto": frozenset({SourceKind.PEER, SourceKind.DISK}),
+    "disk": frozenset({SourceKind.DISK}),
+    "peer": frozenset({SourceKind.PEER}),
+}
+
+_log = logging.getLogger("hotspare.fill")
+
+
+class Filler:
+    """Brings what belongs to the node, and tries again whenever its peers have more. Ends when the node is complete."""
+
+    def __init__(self, node: Node, store: RestoreStore) -> None:
+        self._node = node
+        self._store = store
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hotspare-fill", daemon=True)
+
+    def start(self) -> None:
+        if self._node.settings.fill != "none":
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        kinds = KINDS[self._node.settings.fill]
+        tried: str | None = None
+        while not self._stopped.is_set():
+            if self._node.manifest is not None and not len(self._node.missing()):
+                return
+            if SourceKind.PEER in kinds:
+                self._node.cluster.refresh()
+            now = self._node.cluster.revision()
+            if now != tried and self._can_begin():
+                tried = now
+                self._fill(kinds)
+                continue
+            self._stopped.wait(RETRY_INTERVAL_S)
+
+    def _can_begin(self) -> bool:
+        """Whether a restore has anything to go by: a manifest, ours or a peer's."""
+        return self._node.manifest is not None or self._node.cluster.has_manifest()
+
+    def _fill(self, kinds: frozenset[SourceKind]) -> None:
+        restore = self._store.start_local(None, kinds)
+        restore.finished.wait()
+        report = restore.progress.report()
+        if report.error:
+            _log.error("the node is not complete: %s", report.error)
+        if report.ok and report.bytes_by_source[SourceKind.PEER] and SourceKind.DISK in kinds:
+            self._hold_against_checkpoint()
+
+    def _hold_against_checkpoint(self) -> None:
+        """Peers of a model that was exchanged under its name hold other weights than --checkpoint: those win."""
+        node = self._node
+        if node.checkpoint is None:
+            return
+        try:
+            key = first_difference(node.checkpoint, node.segment)
+        except CheckpointError as error:
+            _log.warning("what came from peers was not compared with the checkpoint: %s", error)
+            return
+        if key is not None:
+            _log.error("peers hold other weights than %s (first %s): filling from disk", node.checkpoint.directory, key)
+            node.renew()
+            node.use_manifest(node.checkpoint.manifest)
+            self._store.start_local(None, KINDS["disk"]).finished.wait()
