@@ -1,0 +1,78 @@
+"""What the demo shows: a line for each step as it ends, bars meanwhile on a terminal, and one table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from app.units import duration, rate, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SOURCES = ("local", "peer", "disk")
+
+
+@dataclass
+class Act:
+    """One thing that was done. `bytes_by_source` and `blocks` are empty where nothing was moved."""
+
+    what: str
+    seconds: float = 0.0
+    blocks: int = 0
+    bytes_by_source: dict[str, int] | None = None
+    note: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum((self.bytes_by_source or {}).values())
+
+    @property
+    def gb_per_s(self) -> float | None:
+        return self.nbytes / self.seconds / 1e9 if self.nbytes and self.seconds else None
+
+
+class Stage:
+    """Shows acts as they end."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.acts: list[Act] = []
+
+    @contextmanager
+    def act(self, what: str, *, spin: bool = True) -> Iterator[Act]:
+        """Time what is done inside; it may change what the act says. With `spin` False it draws a bar of its own."""
+        made = Act(what)
+        started = time.monotonic()
+        if spin and self.console.is_terminal:
+            with self.console.status(what):
+                yield made
+        else:
+            yield made
+        made.seconds = made.seconds or time.monotonic() - started
+        self.acts.append(made)
+        note = f": {made.note}" if made.note else ""
+        self.console.print(f"{duration(made.seconds):>9}  {made.what}{note}", highlight=False, markup=False)
+
+    def show_table(self, title: str) -> None:
+        """Every act that moved bytes or verified them."""
+        from app.console import table
+
+        columns = ("what was done", "blocks>", "local>", "peers>", "disk>", "time>", "speed>", "")
+        self.console.print()
+        self.console.print(table(title, columns, map(_row, self.acts)))
+
+
+def _row(act: Act) -> Sequence[str]:
+    moved = act.bytes_by_source or {}
+    return (
+        act.what,
+        str(act.blocks or "-"),
+        *(size(moved[source]) if moved.get(source) else "-" for source in SOURCES),
+        duration(act.seconds),
+        rate(act.nbytes, act.seconds),
+        act.note,
+    )

@@ -1,0 +1,284 @@
+"""The demo's story, step by step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import orjson
+
+from app.demo import page_cache
+from app.demo.fleet import FILL_TIMEOUT_S, MODEL, REPLICAS, DemoFailed, Fleet, die_with_parent, environment
+from app.demo.stage import Act, Stage
+from app.restore_bar import bar, came_from, seconds_of, watch
+from app.units import rate, size
+from shm.errors import SharedMemoryFull
+from shm.layout import PREFIX
+from shm.posix import free_nbytes
+from transfer.synth import FILE_NBYTES, SynthPlan, plan_checkpoint, write_checkpoint
+
+FAMILY = "deepseek-v3"
+LAYERS = 9  # three of them dense, as the model has them
+EXPERTS_MIN = 7
+EXPERTS_MAX = 256  # the model's own
+SCALES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
+FILES_MIN = 4  # a real checkpoint has several
+LOST_NODE = "node-b"
+ASKED_NODE = "node-a"  # the restore of one node is asked of another
+JANITOR_TIMEOUT_S = 30.0
+STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+DIFFERENCES_SHOWN = 5
+
+
+class Interrupted(BaseException):
+    """A signal asked the demo to stop. Not an Exception: it is no failure of a step."""
+
+
+def checkpoint_shape(nbytes: int) -> dict[str, Any]:
+    """Arguments of `write_checkpoint` for about so many bytes, with matrices as large as they can be."""
+
+    def total(scale: float, experts: int) -> int:
+        return plan_checkpoint(FAMILY, layers=LAYERS, experts=experts, scale=scale).nbytes
+
+    scale = next((s for s in SCALES if total(s, EXPERTS_MIN) <= nbytes), SCALES[-1])
+    fixed = total(scale, EXPERTS_MIN)
+    each = (total(scale, 2 * EXPERTS_MIN) - fixed) / EXPERTS_MIN
+    experts = min(EXPERTS_MAX, max(EXPERTS_MIN, EXPERTS_MIN + round((nbytes - fixed) / each)))
+    return {
+        "layers": LAYERS, "experts": experts, "scale": scale,
+        "file_nbytes": min(FILE_NBYTES, total(scale, experts) // FILES_MIN),
+    }  # fmt: skip
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    raise Interrupted
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Make the stopping signals end the block; while its clean-up runs they are ignored."""
+    before = {number: signal.signal(number, _on_signal) for number in STOPPING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def workplace(namespace: str) -> Iterator[Path]:
+    """A directory for the demo. It and every segment of the namespace are removed at the end, whatever the end is."""
+    directory = tempfile.mkdtemp(prefix="hotspare-demo-")
+    janitor = subprocess.Popen(
+        [sys.executable, "-m", "app.demo.janitor", f"{PREFIX}.{namespace}.", directory],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        cwd="/",
+        env=environment(),
+        start_new_session=True,  # it outlives the demo, and a signal to its process group
+    )
+    try:
+        yield Path(directory)
+    finally:
+        _ignore_signals()
+        janitor.communicate(timeout=JANITOR_TIMEOUT_S)
+
+
+@contextmanager
+def fleet_of(namespace: str, checkpoint: Path, logs: Path) -> Iterator[Fleet]:
+    fleet = Fleet(namespace, checkpoint, logs)
+    try:
+        yield fleet
+    finally:
+        _ignore_signals()
+        fleet.stop()
+
+
+def run(nbytes: int, *, as_json: bool) -> bool:
+    """Tell the story with a checkpoint of about `nbytes`; whether every byte was right. Leaves nothing behind."""
+    from rich.console import Console
+
+    from app.console import stdout, write_json
+
+    console = Console(stderr=True, highlight=False) if as_json else stdout()
+    namespace = f"demo-{os.getpid()}"
+    try:
+        with interruptible(), workplace(namespace) as directory:
+            checkpoint, logs = directory / "checkpoint", directory / "logs"
+            logs.mkdir()
+            with fleet_of(namespace, checkpoint, logs) as fleet:
+                story = Story(Stage(console), fleet, checkpoint)
+                story.tell(nbytes)
+    except Interrupted:
+        console.print("interrupted: the nodes are stopped, their segments and the checkpoint are removed")
+        return False
+    if as_json:
+        write_json(story.facts())
+    else:
+        story.show()
+    return story.ok
+
+
+class Story:
+    """The steps, in order, and what came of them."""
+
+    def __init__(self, stage: Stage, fleet: Fleet, checkpoint: Path) -> None:
+        self.stage = stage
+        self.fleet = fleet
+        self.checkpoint = checkpoint
+        self.plan: SynthPlan | None = None
+        self.comparisons: list[dict[str, Any]] = []
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.comparisons) and all(comparison["ok"] for comparison in self.comparisons)
+
+    def tell(self, nbytes: int) -> None:
+        self.write_checkpoint(nbytes)
+        self.fill_nodes()
+        self.compare()
+        self.lose_node()
+        self.restore("refill it from the other nodes' memory", "peer")
+        self.compare()
+        self.lose_node()
+        self.restore("refill it from disk, page cache warm", "disk", prepare=page_cache.warm)
+        self.compare()
+        self.lose_node()
+        self.restore("refill it from disk, page cache dropped", "disk", prepare=page_cache.drop)
+        self.compare()
+        self.adopt()
+        self.compare()
+
+    # -- steps -----------------------------------------------------------------------------------------------
+
+    def write_checkpoint(self, nbytes: int) -> None:
+        shape = checkpoint_shape(nbytes)
+        self._check_space(plan_checkpoint(FAMILY, **shape))
+        with self.stage.act("write a checkpoint like DeepSeek-V3's") as act:
+            self.plan = write_checkpoint(self.checkpoint, FAMILY, **shape)
+            tensors = sum(len(file.tensors) for file in self.plan.files)
+            act.note = f"{size(self.plan.nbytes)}, {tensors} tensors in {len(self.plan.files)} files"
+
+    @staticmethod
+    def _check_space(plan: SynthPlan) -> None:
+        needed = plan.nbytes * REPLICAS  # the experts are a part of it, so this is enough
+        if free_nbytes() < needed:
+            raise SharedMemoryFull(needed, free_nbytes())
+
+    def fill_nodes(self) -> None:
+        with self.stage.act("start three nodes, two replicas of each block", spin=False) as act:
+            for node_id in self.fleet.nodes:
+                self.fleet.start(node_id, "auto")
+            with bar(self.stage.console, "filling three nodes") as show:
+                for node in self.fleet.nodes.values():
+                    node.wait_until_ready(lambda: show(self.fleet.filling()))
+            self._record(act, self.fleet.filling())
+            act.note = "all ready"
+
+    def compare(self) -> None:
+        """Attach from another process, and compare every tensor with the checkpoint."""
+        with self.stage.act("attach from another process, compare every tensor") as act:
+            found = self._compare()
+            self.comparisons.append(found)
+            act.note = (
+                f"{found['tensors']} tensors on {found['replicas_min']} nodes each, {size(found['nbytes'])}: "
+                + ("identical" if found["ok"] else "THEY DIFFER")
+            )
+        for difference in (found["differing"] + found["unexpected"])[:DIFFERENCES_SHOWN]:
+            self.stage.console.print(f"           {difference}", markup=False)
+
+    def _compare(self) -> dict[str, Any]:
+        command = [sys.executable, "-m", "app.demo.comparison", str(self.checkpoint), MODEL, self.fleet.namespace]
+        done = subprocess.run(
+            [*command, *self.fleet.nodes],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd=self.checkpoint,
+            env=environment(),
+            timeout=FILL_TIMEOUT_S,
+            check=False,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        if done.returncode:
+            raise DemoFailed(f"the comparison failed:\n{done.stderr.decode(errors='replace')}")
+        found: dict[str, Any] = orjson.loads(done.stdout)
+        return found
+
+    def lose_node(self) -> None:
+        with self.stage.act(f"kill {LOST_NODE} (SIGKILL), remove its segment, start it again empty") as act:
+            lost = self.fleet.kill_and_forget(LOST_NODE)
+            self.fleet.start(LOST_NODE, "none").wait_until_answering()
+            act.note = f"{size(lost)} lost, it is {self.fleet.nodes[LOST_NODE].get('/v1/node')['state']}"
+
+    def restore(self, what: str, source: str, prepare: Any = None) -> None:
+        """Ask another node, over REST, to restore the lost one, and watch until it is ready."""
+        files = sorted(self.checkpoint.glob("*.safetensors"))
+        resident = ""
+        if prepare is not None:
+            prepare(files)
+            resident = f", {page_cache.resident_share(files):.0%} of the files in page cache before"
+        asked, lost = self.fleet.nodes[ASKED_NODE], self.fleet.nodes[LOST_NODE]
+        with self.stage.act(what, spin=False) as act, bar(self.stage.console, what) as show:
+            body = {"target": {"node_id": LOST_NODE}, "sources": [source]}
+            started = asked.post("/v1/restores", body)
+            ended = watch(lambda: asked.get(f"/v1/restores/{started['id']}"), show)
+            if ended["state"] != "succeeded":
+                raise DemoFailed(f"the restore of {LOST_NODE} {ended['state']}: {ended['error']}")
+            lost.wait_until_ready()
+            self._record(act, ended)
+            act.seconds = seconds_of(ended)
+            act.note = f"{came_from(ended)}, {rate(act.nbytes, act.seconds)}{resident}"
+
+    def adopt(self) -> None:
+        """A killed daemon loses nothing: the next one takes the segment over."""
+        node = self.fleet.nodes[LOST_NODE]
+        node.kill()
+        with self.stage.act(f"kill {LOST_NODE} again, leave its segment, start it: ready") as act:
+            self.fleet.start(LOST_NODE, "auto")
+            node.wait_until_ready()
+            document = node.get("/v1/node")
+            act.blocks = document["blocks"]
+            act.note = f"{size(document['bytes'])} adopted, none read"
+
+    @staticmethod
+    def _record(act: Act, document: dict[str, Any] | Any) -> None:
+        act.blocks = document["blocks_done"]
+        act.bytes_by_source = dict(document["bytes_by_source"])
+
+    # -- the end ---------------------------------------------------------------------------------------------
+
+    def show(self) -> None:
+        self.stage.show_table("Three nodes, two replicas")
+        nbytes = sum(comparison["nbytes"] for comparison in self.comparisons)
+        verdict = "every byte was identical" if self.ok else "NOT EVERY BYTE WAS IDENTICAL"
+        self.stage.console.print(
+            f"{len(self.comparisons)} comparisons with the checkpoint, {size(nbytes)}: {verdict}", markup=False
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What was done and found, for programs."""
+        assert self.plan is not None
+        return {
+            "ok": self.ok,
+            "checkpoint": {"like": FAMILY, "nbytes": self.plan.nbytes, "files": len(self.plan.files)},
+            "acts": [asdict(act) | {"nbytes": act.nbytes, "gb_per_s": act.gb_per_s} for act in self.stage.acts],
+            "comparisons": self.comparisons,
+        }
+
+
+__all__ = ["Interrupted", "Story", "checkpoint_shape", "run"]
