@@ -198,7 +198,7 @@ class RestoreStore:
 
     def start_local(self, experts: tuple[ExpertKey, ...] | None, kinds: Collection[SourceKind]) -> LocalRestore:
         """Queue a restore into this node's segment. Raises what is wrong with it, or TooManyRequests."""
-        if experts is not None:
+        if experts is not None and self._node.manifest is not None:  # else it will ask its peers for one first
             self._node.rows_of(experts)
         if self._stopped:
             raise Unavailable("the node is stopping")
