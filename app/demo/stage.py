@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from app.units import duration, rate, size
@@ -18,21 +18,23 @@ SOURCES = ("local", "peer", "disk")
 
 @dataclass
 class Act:
-    """One thing that was done. `bytes_by_source` and `blocks` are empty where nothing was moved."""
+    """One thing that was done. `verified` is what the comparison after it found; without blocks nothing came back."""
 
     what: str
     seconds: float = 0.0
     blocks: int = 0
-    bytes_by_source: dict[str, int] | None = None
+    bytes_by_source: dict[str, int] = field(default_factory=dict)
     note: str = ""
+    verified: str = ""
 
     @property
-    def nbytes(self) -> int:
-        return sum((self.bytes_by_source or {}).values())
+    def moved_nbytes(self) -> int:
+        """Bytes that came from elsewhere: what lay in this host's memory already was not moved."""
+        return sum(nbytes for source, nbytes in self.bytes_by_source.items() if source != "local")
 
     @property
     def gb_per_s(self) -> float | None:
-        return self.nbytes / self.seconds / 1e9 if self.nbytes and self.seconds else None
+        return self.moved_nbytes / self.seconds / 1e9 if self.moved_nbytes and self.seconds else None
 
 
 class Stage:
@@ -58,21 +60,21 @@ class Stage:
         self.console.print(f"{duration(made.seconds):>9}  {made.what}{note}", highlight=False, markup=False)
 
     def show_table(self, title: str) -> None:
-        """Every act that moved bytes or verified them."""
+        """Every act that brought blocks back."""
         from app.console import table
 
-        columns = ("what was done", "blocks>", "local>", "peers>", "disk>", "time>", "speed>", "")
+        columns = ("what was done", "blocks>", "local>", "peers>", "disk>", "time>", "speed>", "then compared")
         self.console.print()
-        self.console.print(table(title, columns, map(_row, self.acts)))
+        self.console.print(table(title, columns, [_row(act) for act in self.acts if act.blocks]))
 
 
 def _row(act: Act) -> Sequence[str]:
-    moved = act.bytes_by_source or {}
+    moved = act.bytes_by_source
     return (
         act.what,
-        str(act.blocks or "-"),
+        str(act.blocks),
         *(size(moved[source]) if moved.get(source) else "-" for source in SOURCES),
         duration(act.seconds),
-        rate(act.nbytes, act.seconds),
-        act.note,
+        rate(act.moved_nbytes, act.seconds),
+        act.verified,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -60,12 +61,14 @@ def checkpoint_shape(nbytes: int) -> dict[str, Any]:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    for each in STOPPING_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # it is cleaning up now: asking again must not leave it half done
     raise Interrupted
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Make the stopping signals end the block; while its clean-up runs they are ignored."""
+    """Let the first stopping signal end the block, and no other disturb what it does at its end."""
     before = {number: signal.signal(number, _on_signal) for number in STOPPING_SIGNALS}
     try:
         yield
@@ -74,17 +77,12 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _ignore_signals() -> None:
-    for number in STOPPING_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextmanager
 def workplace(namespace: str) -> Iterator[Path]:
     """A directory for the demo. It and every segment of the namespace are removed at the end, whatever the end is."""
-    directory = tempfile.mkdtemp(prefix="hotspare-demo-")
+    directory = Path(tempfile.gettempdir(), f"hotspare-{namespace}-{secrets.token_hex(4)}")
     janitor = subprocess.Popen(
-        [sys.executable, "-m", "app.demo.janitor", f"{PREFIX}.{namespace}.", directory],
+        [sys.executable, "-m", "app.demo.janitor", f"{PREFIX}.{namespace}.", str(directory)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         cwd="/",
@@ -92,9 +90,9 @@ def workplace(namespace: str) -> Iterator[Path]:
         start_new_session=True,  # it outlives the demo, and a signal to its process group
     )
     try:
-        yield Path(directory)
+        directory.mkdir(mode=0o700)
+        yield directory
     finally:
-        _ignore_signals()
         janitor.communicate(timeout=JANITOR_TIMEOUT_S)
 
 
@@ -104,7 +102,6 @@ def fleet_of(namespace: str, checkpoint: Path, logs: Path) -> Iterator[Fleet]:
     try:
         yield fleet
     finally:
-        _ignore_signals()
         fleet.stop()
 
 
@@ -152,14 +149,12 @@ class Story:
         self.fill_nodes()
         self.compare()
         self.lose_node()
-        self.restore("refill it from the other nodes' memory", "peer")
+        self.restore("peer")
         self.compare()
-        self.lose_node()
-        self.restore("refill it from disk, page cache warm", "disk", prepare=page_cache.warm)
-        self.compare()
-        self.lose_node()
-        self.restore("refill it from disk, page cache dropped", "disk", prepare=page_cache.drop)
-        self.compare()
+        for prepare in (page_cache.warm, page_cache.drop):
+            self.lose_node()
+            self.restore("disk", prepare)
+            self.compare()
         self.adopt()
         self.compare()
 
@@ -180,23 +175,25 @@ class Story:
             raise SharedMemoryFull(needed, free_nbytes())
 
     def fill_nodes(self) -> None:
-        with self.stage.act("start three nodes, two replicas of each block", spin=False) as act:
+        with self.stage.act("three nodes filled, two replicas", spin=False) as act:
             for node_id in self.fleet.nodes:
                 self.fleet.start(node_id, "auto")
             with bar(self.stage.console, "filling three nodes") as show:
                 for node in self.fleet.nodes.values():
                     node.wait_until_ready(lambda: show(self.fleet.filling()))
             self._record(act, self.fleet.filling())
-            act.note = "all ready"
+            act.note = f"{came_from(self.fleet.filling())}, all ready, start of the processes included"
 
     def compare(self) -> None:
         """Attach from another process, and compare every tensor with the checkpoint."""
-        with self.stage.act("attach from another process, compare every tensor") as act:
+        compared = self.stage.acts[-1]
+        with self.stage.act("  attach from another process, compare with the checkpoint") as act:
             found = self._compare()
-            self.comparisons.append(found)
+            self.comparisons.append({"after": compared.what, **found})
+            verdict = "identical" if found["ok"] else "DIFFERENT"
+            compared.verified = f"{found['tensors']} tensors: {verdict}"
             act.note = (
-                f"{found['tensors']} tensors on {found['replicas_min']} nodes each, {size(found['nbytes'])}: "
-                + ("identical" if found["ok"] else "THEY DIFFER")
+                f"{found['tensors']} tensors, {found['replicas_min']} replicas, {size(found['nbytes'])}: {verdict}"
             )
         for difference in (found["differing"] + found["unexpected"])[:DIFFERENCES_SHOWN]:
             self.stage.console.print(f"           {difference}", markup=False)
@@ -220,18 +217,18 @@ class Story:
         return found
 
     def lose_node(self) -> None:
-        with self.stage.act(f"kill {LOST_NODE} (SIGKILL), remove its segment, start it again empty") as act:
+        with self.stage.act(f"{LOST_NODE} killed (SIGKILL), its segment removed, started again empty") as act:
             lost = self.fleet.kill_and_forget(LOST_NODE)
             self.fleet.start(LOST_NODE, "none").wait_until_answering()
             act.note = f"{size(lost)} lost, it is {self.fleet.nodes[LOST_NODE].get('/v1/node')['state']}"
 
-    def restore(self, what: str, source: str, prepare: Any = None) -> None:
+    def restore(self, source: str, prepare: Callable[[Sequence[Path]], None] | None = None) -> None:
         """Ask another node, over REST, to restore the lost one, and watch until it is ready."""
-        files = sorted(self.checkpoint.glob("*.safetensors"))
-        resident = ""
+        what = f"{LOST_NODE} refilled from {'its peers' if source == 'peer' else source}"
         if prepare is not None:
+            files = sorted(self.checkpoint.glob("*.safetensors"))
             prepare(files)
-            resident = f", {page_cache.resident_share(files):.0%} of the files in page cache before"
+            what += f", {page_cache.resident_share(files):.0%} in page cache"
         asked, lost = self.fleet.nodes[ASKED_NODE], self.fleet.nodes[LOST_NODE]
         with self.stage.act(what, spin=False) as act, bar(self.stage.console, what) as show:
             body = {"target": {"node_id": LOST_NODE}, "sources": [source]}
@@ -242,28 +239,28 @@ class Story:
             lost.wait_until_ready()
             self._record(act, ended)
             act.seconds = seconds_of(ended)
-            act.note = f"{came_from(ended)}, {rate(act.nbytes, act.seconds)}{resident}"
+            act.note = f"{came_from(ended)}, {rate(act.moved_nbytes, act.seconds)}"
 
     def adopt(self) -> None:
         """A killed daemon loses nothing: the next one takes the segment over."""
         node = self.fleet.nodes[LOST_NODE]
         node.kill()
-        with self.stage.act(f"kill {LOST_NODE} again, leave its segment, start it: ready") as act:
+        with self.stage.act(f"{LOST_NODE} killed, started, segment adopted") as act:
             self.fleet.start(LOST_NODE, "auto")
             node.wait_until_ready()
             document = node.get("/v1/node")
-            act.blocks = document["blocks"]
-            act.note = f"{size(document['bytes'])} adopted, none read"
+            self._record(act, {"blocks_done": document["blocks"], "bytes_by_source": {"local": document["bytes"]}})
+            act.note = f"{size(document['bytes'])} were there, ready again, start of the process included"
 
     @staticmethod
-    def _record(act: Act, document: dict[str, Any] | Any) -> None:
+    def _record(act: Act, document: Mapping[str, Any]) -> None:
         act.blocks = document["blocks_done"]
         act.bytes_by_source = dict(document["bytes_by_source"])
 
     # -- the end ---------------------------------------------------------------------------------------------
 
     def show(self) -> None:
-        self.stage.show_table("Three nodes, two replicas")
+        self.stage.show_table("What brought the blocks back")
         nbytes = sum(comparison["nbytes"] for comparison in self.comparisons)
         verdict = "every byte was identical" if self.ok else "NOT EVERY BYTE WAS IDENTICAL"
         self.stage.console.print(
@@ -276,7 +273,7 @@ class Story:
         return {
             "ok": self.ok,
             "checkpoint": {"like": FAMILY, "nbytes": self.plan.nbytes, "files": len(self.plan.files)},
-            "acts": [asdict(act) | {"nbytes": act.nbytes, "gb_per_s": act.gb_per_s} for act in self.stage.acts],
+            "acts": [asdict(act) | {"gb_per_s": act.gb_per_s} for act in self.stage.acts],
             "comparisons": self.comparisons,
         }
 
