@@ -84,6 +84,7 @@ def pieces(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return [
         (max(address, at), min(address + nbytes, at + step) - max(address, at))
         for address, nbytes in ranges
+        if nbytes > 0
         for at in range(address // step * step, address + nbytes, step)
     ]
 
@@ -133,7 +134,8 @@ class MooncakeEngine:
             # The batch call releases the GIL, the single one does not.
             code = self._engine.batch_register_memory([piece[0]], [piece[1]])
             if code:
-                self.unregister(done)
+                for address, _ in done:  # nothing stays half-registered, also if one of them is refused
+                    self._engine.batch_unregister_memory([address])
                 raise EngineRefused(
                     f"Mooncake would not register {piece[1]:,} bytes at {piece[0]:#x} (code {code}): over rdma, raise "
                     "the memory-lock limit (`ulimit -l unlimited`); ranges must not overlap"
@@ -152,7 +154,10 @@ class MooncakeEngine:
         self._transfer(self._engine.batch_transfer_sync_write, session_id, copies, ours="source")
 
     def _transfer(self, verb: Any, session_id: str, copies: Sequence[Copy], ours: str) -> None:
-        destinations, sources, sizes = map(list, zip(*within_pieces(copies), strict=True))
+        cut = within_pieces(copies)
+        if not cut:
+            return
+        destinations, sources, sizes = map(list, zip(*cut, strict=True))
         here, there = (destinations, sources) if ours == "destination" else (sources, destinations)
         started = time.monotonic()
         code = verb(session_id, here, there, sizes)

@@ -64,10 +64,13 @@ class RestorePlan:
 
 
 def assign(wants: Iterable[Want], offers: Mapping[int, Sequence[Offer]]) -> dict[str, list[tuple[Want, Offer]]]:
-    """Give every block to the offering source with the fewest bytes so far; ties go to the one offered first."""
+    """Give every block to the offering source with the fewest bytes so far; ties go to the one offered first.
+
+    Blocks with the fewest offers go first: those with a choice then even out what those without have left uneven.
+    """
     load: dict[str, int] = defaultdict(int)
     work: dict[str, list[tuple[Want, Offer]]] = defaultdict(list)
-    for want in wants:
+    for want in sorted(wants, key=lambda want: len(offers.get(want.row, ()))):
         offered = offers.get(want.row)
         if not offered:
             continue
@@ -120,12 +123,12 @@ def plan(wants: Iterable[Want], offers: Mapping[int, Sequence[Offer]], limits: M
 
 def split(copies: Sequence[Copy], limits: Limits) -> list[list[Copy]]:
     """Cut a batch that is one oversized block into calls within the limits."""
-    calls: list[list[Copy]] = [[]]
+    calls: list[list[Copy]] = []
     nbytes = 0
     for copy in copies:
         for at in range(0, copy.nbytes, limits.nbytes):
             size = min(limits.nbytes, copy.nbytes - at)
-            if calls[-1] and (nbytes + size > limits.nbytes or len(calls[-1]) >= limits.items):
+            if not calls or nbytes + size > limits.nbytes or len(calls[-1]) >= limits.items:
                 calls.append([])
                 nbytes = 0
             calls[-1].append(Copy(copy.destination + at, copy.source + at, size))

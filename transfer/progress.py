@@ -77,9 +77,11 @@ class Progress:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, blocks_total: int, bytes_total: int) -> None:
+        """It runs from now on; one that was cancelled before stays so."""
         with self._lock:
             self.blocks_total, self.bytes_total = blocks_total, bytes_total
-            self._state, self._started_at = RestoreState.RUNNING, time.time()
+            if not self._state.is_final:
+                self._state, self._started_at = RestoreState.RUNNING, time.time()
 
     def done(self, kind: SourceKind, nbytes: int) -> None:
         """One more block is in place, verified and published."""

@@ -7,6 +7,7 @@ the number of rounds has a limit without being given one.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ VERIFY_THREADS_MAX = 8
 UNVERIFIED_BATCHES_MAX = 2  # a lane waits for its checksums beyond that
 SOURCE_FAILURES_MAX = 2  # failed batches, after which a source is not asked again in this restore
 REASONS_MAX = 4  # remembered for each block
+
+_log = logging.getLogger("hotspare.restore")
 
 
 class Destination(Protocol):
@@ -93,9 +96,11 @@ class Restore:
     def _run(self) -> None:
         verifiers = min(VERIFY_THREADS_MAX, max(2, len(self._sources)))
         with ThreadPoolExecutor(verifiers, thread_name_prefix="hotspare-verify") as pool:
-            while self._pending and not self._cancelled.is_set() and self._round(pool):
-                continue
-        self._settle_late()
+            has_spoiled = True
+            while has_spoiled:
+                while self._pending and not self._cancelled.is_set() and self._round(pool):
+                    continue
+                has_spoiled = self._settle_late()
         if self._cancelled.is_set() and self._pending:
             self.progress.finish(RestoreState.CANCELLED, "cancelled on request")
             return
@@ -150,17 +155,19 @@ class Restore:
         if self._failures[source.name] >= SOURCE_FAILURES_MAX:
             self._drop(batch.wants, source, f"{source.name}: given up after {SOURCE_FAILURES_MAX} failures")
             return []
-        if source.writes:
-            for want in batch.wants:
-                self._destination.begin(want)
         try:
+            if source.writes:
+                for want in batch.wants:
+                    self._destination.begin(want)
             checksums = source.fetch(batch)
-        except HotspareError as error:
+        except Exception as error:  # whatever it is, this source did not serve, and others may
+            if not isinstance(error, HotspareError):
+                _log.exception("%s failed in an unforeseen way", source.name)
             with self._lock:
                 self._failures[source.name] += 1
                 if isinstance(error, TransferFailed) and error.timed_out:
                     self._timed_out.update(want.row for want in batch.wants)
-            self._drop(batch.wants, source, f"{source.name}: {error}")
+            self._drop(batch.wants, source, f"{source.name}: {_told(error)}")
             return []
         return [pool.submit(self._verify, source, want, checksums.get(want.row)) for want in batch.wants]
 
@@ -174,7 +181,7 @@ class Restore:
                 self._destination.begin(want)
             reason = f"checksum {checksum.hex()} instead of {want.checksum.hex()}"
         except Exception as error:  # whatever it is, this block is not good, and the others go on
-            reason = f"{type(error).__name__}: {error}"
+            reason = _told(error)
         self._drop((want,), source, f"{source.name}: {reason}")
 
     def _accept(self, source: Source, want: Want, checksum: bytes) -> None:
@@ -197,11 +204,27 @@ class Restore:
                 if len(self._reasons[want.row]) < REASONS_MAX:
                     self._reasons[want.row].append(reason)
 
-    def _settle_late(self) -> None:
-        """Blocks that a peer was given up on may still get bytes from it: look once more before they are published."""
-        for row, (want, source, checksum) in self._late.items():
-            if self._destination.checksum(want) == checksum:
-                self._publish(source, want, checksum)
-            else:
-                self._pending[row] = want
-                self._reasons[row].append("late bytes of a peer that had timed out")
+    def _settle_late(self) -> bool:
+        """Blocks that a peer was given up on may still get bytes from it: look once more before they are published.
+
+        Whether any was spoiled so: it is wanted again, from another source than the one whose bytes it was to keep.
+        """
+        late, self._late = self._late, {}
+        has_spoiled = False
+        for row, (want, source, checksum) in late.items():
+            try:
+                if self._destination.checksum(want) == checksum:
+                    self._publish(source, want, checksum)
+                    continue
+                reason = "spoiled by late bytes of a peer that had timed out"
+            except Exception as error:  # as in `_verify`
+                reason = _told(error)
+            self._pending[row] = want
+            self._drop((want,), source, f"{source.name}: {reason}")
+            has_spoiled = True
+        return has_spoiled
+
+
+def _told(error: Exception) -> str:
+    """Our own errors say what is wrong; of others the class is half the message."""
+    return str(error) if isinstance(error, HotspareError) else f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import StrEnum
 from typing import Protocol
 
@@ -220,8 +221,9 @@ class DiskSource:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
                     raise CheckpointError(f"{path} cannot be opened: {error}") from error
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 self._descriptors[file] = descriptor
+                with suppress(OSError):  # only advice: some file systems refuse it
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             return self._descriptors[file]
 
     def close(self) -> None:
