@@ -1,0 +1,39 @@
+"""How long planning takes at DeepSeek-V3's size: 14,848 blocks on two nodes each."""
+
+# ruff: noqa: T201 - what it prints is what it is for
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from transfer.plan import Limits, Offer, Piece, Want, plan, split
+
+BLOCKS = 14_848
+NBYTES = 44_050_944
+NODES = 8
+RUNS = 7
+
+
+def main() -> None:
+    wants = [Want(row, NBYTES, (Piece(1 << 40 | row * NBYTES, 0, NBYTES),), bytes(16)) for row in range(BLOCKS)]
+    offers = {
+        w.row: [Offer(f"n{w.row % NODES}", w.row * NBYTES), Offer(f"n{(w.row + 3) % NODES}", w.row * NBYTES)]
+        for w in wants
+    }
+    seconds = []
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        planned = plan(wants, offers, {})
+        made = [batch for batches in planned.batches.values() for batch in batches]
+        calls = sum(len(split(batch.copies, Limits())) for batch in made)
+        seconds.append(time.perf_counter() - started)
+    print(f"{BLOCKS:,} blocks x 2 offers: {statistics.median(seconds) * 1e3:.0f} ms, best {min(seconds) * 1e3:.0f} ms")
+    print(f"{len(made):,} batches, {calls:,} calls, {len(planned.batches)} sources")
+
+
+if __name__ == "__main__":
+    main()
