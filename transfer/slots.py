@@ -52,6 +52,16 @@ class Range(NamedTuple):
     nbytes: int
 
 
+class SlotRef(NamedTuple):
+    """A slot by the names of the engine: a parameter, and the index on its first axis; None: the parameter is one."""
+
+    parameter: str
+    slot: int | None
+
+    def __str__(self) -> str:
+        return self.parameter if self.slot is None else f"{self.parameter}[{self.slot}]"
+
+
 @dataclass(frozen=True)
 class Slots:
     """The slots of one rank. Build with `fused`, `stacked` or `plain`.
@@ -150,6 +160,15 @@ class Slots:
             else:
                 out.append(Range(tensor.device, tensor.address, tensor.nbytes))
         return tuple(out)
+
+    def refs(self, key: ExpertKey) -> tuple[SlotRef, ...]:
+        """Every part of the parameters that belongs to an expert. Raises KeyError for one without a slot here."""
+        place = self._places[key]
+        return tuple(
+            SlotRef(tensor.name, None if place.names is not None else (base - tensor.address) // tensor.strides[0])
+            for bases in place.bases
+            for tensor, base in zip((self.tensors[i] for i in place.tensors), bases, strict=True)
+        )
 
     def plan(self, manifest: Manifest) -> SlotPlan:
         """The copies that fill these slots from the manifest's blocks.

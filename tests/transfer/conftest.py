@@ -1,12 +1,22 @@
-"""Small checkpoints as the transformers library writes them, one directory each, made once a session."""
+"""Small checkpoints as the transformers library writes them, made once a session; and real nodes that serve them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shm.layout import SegmentName
 
 _COMMON = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -108,3 +118,93 @@ def tiny_deepseek_v3(tiny_checkpoint: TinyCheckpoint) -> Path:
 def tiny_gpt_oss(tiny_checkpoint: TinyCheckpoint) -> Path:
     """One file, fused with biases: 3 layers of 5 experts."""
     return tiny_checkpoint("gpt_oss")
+
+
+class Cluster:
+    """`hotspare serve` processes of one model on this machine, in a namespace of their own."""
+
+    def __init__(self, model: str, checkpoint: Path, directory: Path, count: int, replicas: int) -> None:
+        self.model = model
+        self.namespace = f"test-{secrets.token_hex(6)}"
+        ports = _free_ports(count)
+        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
+        self.names = [f"node-{number}" for number in range(count)]
+        self._directory = directory
+        self._arguments = [
+            ["--model", model, "--checkpoint", str(checkpoint), "--namespace", self.namespace, "--fill", "disk",
+             "--replicas", str(replicas), "--node-id", name, "--listen", url.removeprefix("http://"),
+             *(f"--peer={n}={u}" for n, u in zip(self.names, self.urls, strict=True) if n != name)]
+            for name, url in zip(self.names, self.urls, strict=True)
+        ]  # fmt: skip
+        self.processes = [self._spawn(number) for number in range(count)]
+        try:
+            for number in range(count):
+                self._wait(number, "/readyz")
+            for number in range(count):
+                self._wait(
+                    number,
+                    "/v1/coverage",
+                    lambda d: d["total"]["by_replicas"].get(str(replicas)) == d["total"]["blocks"],
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _spawn(self, number: int) -> subprocess.Popen[bytes]:
+        with (self._directory / f"{self.names[number]}.log").open("ab") as log:
+            command = [sys.executable, "-m", "app.cli", "serve", *self._arguments[number]]
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+    def _wait(self, number: int, path: str, holds: Callable[[Any], bool] = lambda _: True) -> None:
+        deadline = time.monotonic() + 40
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urllib.request.urlopen(self.urls[number] + path, timeout=5) as answer:
+                if holds(json.load(answer)):
+                    return
+            assert self.processes[number].poll() is None, self._log(number)
+            time.sleep(0.02)
+        raise AssertionError(f"{path} of {self.names[number]} did not come true: {self._log(number)}")
+
+    def _log(self, number: int) -> str:
+        return (self._directory / f"{self.names[number]}.log").read_text()[-2000:]
+
+    def segment(self, number: int) -> str:
+        """The path of a node's segment."""
+        return f"/dev/shm/{SegmentName(self.namespace, self.model, self.names[number]).object_name}"
+
+    def kill(self, number: int) -> None:
+        self.processes[number].kill()
+        self.processes[number].wait()
+
+    def start_again(self, number: int) -> None:
+        self.processes[number] = self._spawn(number)
+        self._wait(number, "/readyz")
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for number in range(len(self.names)):
+            Path(self.segment(number)).unlink(missing_ok=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """`cluster(model, checkpoint, count=3, replicas=2)` → nodes that are ready; killed and removed at the end."""
+    started: list[Cluster] = []
+
+    def start(model: str, checkpoint: Path, count: int = 3, replicas: int = 2) -> Cluster:
+        started.append(Cluster(model, checkpoint, tmp_path, count, replicas))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()

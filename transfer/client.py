@@ -1,0 +1,406 @@
+"""An engine's side: refill its expert slots in place, from the nearest memory that has them.
+
+The ladder, for each expert: the attached segment of this host, needing no daemon; the least loaded replica in another
+node's memory; the next replica; the checkpoint on disk. What could not be had is listed in the report. The only place
+outside `app` with HTTP in it: nodes are asked where blocks are.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import orjson
+
+from shm.attachment import Attachment
+from shm.errors import BlockUnavailable, HotspareError, InvalidInput, SegmentError
+from shm.manifest import ExpertKey, Manifest
+from transfer.checkpoint import Checkpoint, read_checkpoint
+from transfer.engine_lease import EngineLease
+from transfer.errors import EngineError
+from transfer.ladder import Ladder, Mapped, Replica
+from transfer.local_segment import LocalSegment
+from transfer.slot_memory import CPU, BoundSlots, check_not_moved, device_of
+from transfer.slot_report import FailedExpert, Progress, SlotReport, Tally
+from transfer.slots import Slots
+
+CONNECT_TIMEOUT_S = 1.0
+ASK_TIMEOUT_S = 2.0
+DOCUMENT_TIMEOUT_S = 30.0  # a manifest or shard map of a large model
+DOCUMENT_NBYTES_MAX = 1 << 30
+URLS_MAX = 1024  # nodes remembered
+PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
+NAMELESS = "model"  # in the manifest of a checkpoint that nobody named
+URLS_ASKED_MAX = 8  # for where blocks are, in one pass
+
+_log = logging.getLogger("hotspare.restorer")
+
+
+class NodeUnreachable(HotspareError):
+    """A node's control plane did not answer, or not like one."""
+
+
+class ControlPlane:
+    """The nodes' HTTP side, our own node's first. Remembers every node that one of them named. Thread-safe."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidInput(f"{url!r} is not a node's URL: write http://HOST:PORT")
+        self.urls = [url.rstrip("/")]
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx.Timeout(ASK_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            trust_env=False,  # nodes are asked directly, never through a proxy
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def node(self, url: str) -> dict[str, Any]:
+        """A node's own account of itself. Raises NodeUnreachable."""
+        return self._get(f"{url}/v1/node")
+
+    def learn(self, url: str) -> None:
+        """Remember the nodes that this one knows. Raises NodeUnreachable."""
+        for node in self._get(f"{url}/v1/nodes").get("nodes", ()):
+            peer = str(node.get("url", "")).rstrip("/")
+            if peer and not node.get("self") and peer not in self.urls and len(self.urls) < URLS_MAX:
+                self.urls.append(peer)
+
+    def manifest(self, url: str) -> Manifest:
+        """A node's manifest, checked against its digest. Raises NodeUnreachable or ManifestError."""
+        return Manifest.from_json(self._get(f"{url}/v1/manifest", timeout=DOCUMENT_TIMEOUT_S))
+
+    def shard_map(self, url: str, manifest: Manifest) -> dict[int, Mapped]:
+        """Manifest row → who has the block, as this node knows it. Raises NodeUnreachable."""
+        document = self._get(f"{url}/v1/shard-map", params={"scope": "cluster"}, timeout=DOCUMENT_TIMEOUT_S)
+        if document.get("manifest_digest") != manifest.digest:
+            raise NodeUnreachable(
+                f"{url} keeps {document.get('model')} from another checkpoint: nothing is taken of it"
+            )
+        try:
+            return {
+                manifest.index(entry["layer"], entry["expert"]): Mapped(
+                    bytes.fromhex(entry["checksum"]),
+                    tuple(
+                        Replica(str(r["node_id"]), str(r["session_id"]), int(r["address"]))
+                        for r in entry["replicas"]
+                        if r["session_id"]
+                    ),
+                )
+                for entry in document["experts"]
+            }
+        except (KeyError, TypeError, ValueError, BlockUnavailable) as error:
+            raise NodeUnreachable(f"{url}: not a shard map: {error!r}") from error
+
+    def _get(self, url: str, **options: Any) -> dict[str, Any]:
+        try:
+            response = self._http.get(url, **options)
+            document = orjson.loads(response.content) if len(response.content) <= DOCUMENT_NBYTES_MAX else None
+        except httpx.HTTPError as error:
+            raise NodeUnreachable(f"{url}: {type(error).__name__}: {error}") from error
+        except orjson.JSONDecodeError as error:
+            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {error}") from error
+        if not isinstance(document, dict):
+            raise NodeUnreachable(f"{url} does not answer like a Hotspare node")
+        if response.status_code >= 400:
+            raise NodeUnreachable(f"{url}: {response.status_code} {document.get('detail') or response.reason_phrase}")
+        return document
+
+
+class Restorer:
+    """Fills the slots of one rank. Thread-safe: one restore at a time, the others wait.
+
+        restorer = Restorer("http://127.0.0.1:8470")
+        restorer.bind(Slots.fused(dict(model.named_parameters()), ep_rank=3, ep_size=8))
+        report = restorer.restore()
+
+    No restore raises for what a node, a segment, a peer or a disk does: what is missing is in the report.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        model: str | None = None,
+        namespace: str = "default",
+        node: str | None = None,
+        checkpoint: str | Path | None = None,
+        engine: Any = None,
+        engine_host: str | None = None,
+        transport: str = "tcp",
+        straight: bool | None = None,
+    ) -> None:
+        """`url` is this host's node, which need not be up yet: it says what `model`, `namespace` and `node` are; give
+        them where restores must work before it was ever seen alive. `checkpoint` is the directory of last resort.
+
+        `engine` is a transfer engine that this process has already: Mooncake's, or ours; without one a MooncakeEngine
+        is started at the first `bind`, reachable at `engine_host`, over `transport`. `straight` is whether peers' bytes
+        go straight into slots, and not through host buffers: by default only into CPU slots, and with an engine of our
+        own, which is thrown away when a peer timed out, so that nothing can arrive in a slot later.
+        """
+        self._control = ControlPlane(url, token)
+        self._model, self._namespace, self._node = model, namespace, node
+        self._directory = None if checkpoint is None else Path(checkpoint)
+        self._checkpoint: Checkpoint | None = None
+        self._lease = EngineLease(engine, engine_host, transport, url)
+        self._straight = straight
+        self._segment = LocalSegment()
+        self._slots: Slots | None = None
+        self._bound: BoundSlots | None = None
+        self._lock = threading.RLock()
+
+    # -- binding ---------------------------------------------------------------------------------------------
+
+    def bind(self, slots: Slots) -> None:
+        """Take these slots for the rank's, in place of any others: whatever can be done before a failure is done now.
+
+        The manifest is compared, the slots are registered with the engine, this host's segment is attached and, for
+        slots in GPU memory, page-locked (about 0.05 s a GB), and host buffers are made. Raises SlotMismatch for slots
+        that the model's blocks do not fit; a node that cannot be reached yet is no error.
+        """
+        with self._lock:
+            device_of(slots)
+            check_not_moved(slots)
+            self._release()
+            self._slots = slots
+            tally = Tally()
+            self._ask_node(tally)
+            try:
+                bound = self._prepare(tally)
+            except BaseException:
+                self._release()
+                raise
+            self._open_engine(tally)
+            if bound is not None and bound.device != CPU and not self._is_straight:
+                self._prepare_staging(bound, tally)
+            for note in tally.notes:
+                _log.info("bound, but: %s", note)
+
+    @property
+    def session_id(self) -> str | None:
+        """What peers call this process's engine; None before `bind`, or where no engine could be started."""
+        return None if self._lease.engine is None else self._lease.engine.session_id
+
+    def close(self) -> None:
+        """Let slots, segment and engine go. A caller's engine goes on; memory registered with it is unregistered."""
+        with self._lock:
+            self._release()
+            self._segment.close()
+            self._lease.drop()
+            self._control.close()
+
+    def __enter__(self) -> Restorer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _release(self) -> None:
+        bound, self._bound = self._bound, None
+        if bound is not None:
+            bound.close(is_engine_gone=False)
+        self._lease.unregister()
+        self._slots = None
+
+    @property
+    def _is_straight(self) -> bool:
+        """Whether peers' bytes may go straight into slots; see `__init__`."""
+        assert self._slots is not None
+        if self._straight is None:
+            return self._lease.is_ours and device_of(self._slots) == CPU
+        return self._straight
+
+    def _open_engine(self, tally: Tally) -> None:
+        """Start the engine if it is ours to start, and open the slots to it. Notes what fails."""
+        assert self._slots is not None
+        try:
+            self._lease.start()
+            if device_of(self._slots) == CPU or self._is_straight:
+                self._lease.register([(r.address, r.nbytes) for r in self._slots.ranges])
+        except EngineError as error:
+            tally.note(str(error))
+
+    def _prepare_staging(self, bound: BoundSlots, tally: Tally) -> None:
+        try:
+            bound.staging.prepare(self._lease.engine)
+        except (EngineError, RuntimeError) as error:  # torch's, for page-locked memory that cannot be had
+            tally.note(f"no host buffers: {error}")
+
+    # -- restoring -------------------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        experts: Iterable[tuple[int, int]] | None = None,
+        *,
+        predicate: Callable[[str], bool] | None = None,
+        progress: Progress | None = None,
+    ) -> SlotReport:
+        """Fill the slots of these (layer, expert), of those with a tensor whose checkpoint name the predicate wants,
+        or of all. Whole experts are brought, each once, and copied to every slot that holds them.
+
+        `progress` is called with a SlotReport now and then, from any thread, and at the end. Nothing in flight may
+        use the slots meanwhile. Raises SlotMismatch, before a byte moves, if a parameter has moved or the model's
+        blocks do not fit; InvalidInput for an expert without a slot here, or before `bind`.
+        """
+        with self._lock:
+            if self._slots is None:
+                raise InvalidInput("no slots are bound: call bind(slots) first")
+            check_not_moved(self._slots)
+            asked = None if experts is None else sorted({ExpertKey(*key) for key in experts})
+            if strangers := set(asked or ()) - set(self._slots.keys):
+                layer, expert = min(strangers)
+                raise InvalidInput(f"expert {expert} of layer {layer} has no slot on this rank: ask for those it holds")
+            return self._restore(self._slots, asked, predicate, progress)
+
+    def _restore(
+        self,
+        slots: Slots,
+        asked: Sequence[ExpertKey] | None,
+        predicate: Callable[[str], bool] | None,
+        progress: Progress | None,
+    ) -> SlotReport:
+        tally = Tally(progress)
+        bound = self._prepare(tally)
+        if bound is None:
+            keys = slots.keys if asked is None else asked
+            tally.expect(len(keys), 0)
+            return tally.finish(self._failures({key: ["the model's manifest could not be had"] for key in keys}))
+        rows = bound.table.rows if asked is None else [bound.manifest.index(*key) for key in asked]
+        if predicate is not None:
+            rows = [row for row in rows if any(map(predicate, bound.manifest.tensor_names(row)))]
+        tally.expect(len(rows), int(bound.manifest.nbytes[rows].sum()))
+        ladder = Ladder(bound, rows, tally)
+        self._climb(ladder, bound, tally)
+        missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
+        return tally.finish(self._failures(missing))
+
+    def _climb(self, ladder: Ladder, bound: BoundSlots, tally: Tally) -> None:
+        attachment = self._segment.attachment
+        held = self._segment.checksums(ladder.missing) if attachment and attachment.manifest == bound.manifest else {}
+        bound.memory.follow()
+        if attachment is not None:
+            ladder.climb_local(attachment, held)
+        for attempt in range(PEER_PASSES_MAX):
+            if not ladder.missing:
+                break
+            found = self._locate(bound.manifest, ladder.missing, held, tally)
+            self._open_engine(tally)
+            checkpoint = self._open_checkpoint(bound.manifest, tally) if attempt == 0 else None
+            is_straight = self._is_straight and self._lease.has_registered
+            if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
+                break
+        if ladder.has_timed_out and self._lease.drop():
+            bound.close(is_engine_gone=True)
+            self._bound = None
+
+    def _failures(self, missing: Mapping[ExpertKey, Sequence[str]]) -> tuple[FailedExpert, ...]:
+        assert self._slots is not None
+        nobody = "no source that could be reached has it"
+        return tuple(
+            FailedExpert(key, self._slots.refs(key), "; ".join(reasons) or nobody) for key, reasons in missing.items()
+        )
+
+    # -- finding things out ----------------------------------------------------------------------------------
+
+    def _prepare(self, tally: Tally) -> BoundSlots | None:
+        """Attach, and compare the slots with the manifest if that is new; None while no manifest can be had."""
+        assert self._slots is not None
+        if self._model is None:
+            self._ask_node(tally)
+        attachment = self._attach(tally)
+        manifest = attachment.manifest if attachment is not None else self._bound.manifest if self._bound else None
+        if manifest is None and (manifest := self._fetch_manifest(tally)) is None:
+            return None
+        if self._bound is not None and (self._bound.manifest != manifest or self._bound.staging.is_spent):
+            self._bound.close(is_engine_gone=False)
+            self._bound = None
+        if self._bound is None:
+            self._bound = BoundSlots(self._slots, manifest)
+        if attachment is not None and self._bound.device != CPU:
+            try:
+                attachment.pin()
+            except SegmentError as error:
+                tally.note(f"copying by way of host buffers: {error}")
+        return self._bound
+
+    def _ask_node(self, tally: Tally) -> None:
+        """Learn from this host's node what it is, and which others there are."""
+        url = self._control.urls[0]
+        try:
+            document = self._control.node(url)
+            self._control.learn(url)
+            if self._model in (None, document["model"]):
+                self._model, self._namespace, self._node = (
+                    str(document[name]) for name in ("model", "namespace", "node_id")
+                )
+            else:
+                tally.note(f"{url} serves {document['model']}, not {self._model}")
+        except (HotspareError, KeyError) as error:
+            tally.note(
+                str(error) if isinstance(error, HotspareError) else f"{url} does not answer like a Hotspare node"
+            )
+
+    def _attach(self, tally: Tally) -> Attachment | None:
+        if self._model is None:
+            tally.note("no segment was looked for: the node never answered, and no model was named")
+            return None
+        try:
+            return self._segment.open(self._model, self._namespace, self._node)
+        except HotspareError as error:
+            tally.note(str(error))
+            return None
+
+    def _fetch_manifest(self, tally: Tally) -> Manifest | None:
+        for url in self._control.urls[:URLS_ASKED_MAX]:
+            try:
+                return self._control.manifest(url)
+            except HotspareError as error:
+                tally.note(str(error))
+        checkpoint = self._open_checkpoint(None, tally)
+        return None if checkpoint is None else checkpoint.manifest
+
+    def _open_checkpoint(self, manifest: Manifest | None, tally: Tally) -> Checkpoint | None:
+        """The directory of last resort; None where it cannot be read, or is of another model than `manifest`."""
+        if self._directory is None:
+            return None
+        try:
+            name, include = (manifest.model, manifest.include) if manifest else (self._model or NAMELESS, "experts")
+            if self._checkpoint is None or self._checkpoint.manifest.model != name:
+                self._checkpoint = read_checkpoint(self._directory, name, "all" if include == "all" else "experts")
+        except HotspareError as error:
+            tally.note(str(error))
+            return None
+        if manifest is not None and self._checkpoint.manifest != manifest:
+            tally.note(f"{self._directory} is not the checkpoint that the nodes keep: nothing is read from it")
+            return None
+        return self._checkpoint
+
+    def _locate(
+        self, manifest: Manifest, rows: Collection[int], bad: Collection[int], tally: Tally
+    ) -> dict[int, Mapped]:
+        """Who has these rows: nodes are asked until every row is found. Our own node has no say in `bad` ones, which
+        were wrong in the memory that it serves from."""
+        found: dict[int, Mapped] = {}
+        silent: set[str | None] = set()
+        for number in range(URLS_ASKED_MAX):
+            if number == len(self._control.urls) or all(row in found for row in rows):
+                break
+            url = self._control.urls[number]
+            try:
+                self._control.node(url)  # a node that hangs is found out soon
+                self._control.learn(url)
+                for row, mapped in self._control.shard_map(url, manifest).items():
+                    found.setdefault(row, mapped)
+            except HotspareError as error:
+                tally.note(str(error))
+                if number == 0:
+                    silent.add(self._node)
+        return {row: mapped.without(silent | {self._node} if row in bad else silent) for row, mapped in found.items()}

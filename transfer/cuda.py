@@ -1,0 +1,174 @@
+"""The few calls of the CUDA driver that copying needs, by ctypes: torch has no copy between plain addresses.
+
+`libcuda.so.1` comes with the driver and has a stable interface, whatever runtime torch brought. The context is torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from transfer.errors import EngineError
+
+HOST, DEVICE = 1, 2  # CUmemorytype
+ORDER_OF_STREAM = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+BATCH_COPIES_MIN = 2
+_CALLS = {
+    "to_device": "cuMemcpyHtoDAsync_v2",
+    "to_host": "cuMemcpyDtoHAsync_v2",
+    "within": "cuMemcpyDtoDAsync_v2",
+}
+_KINDS = {"to_device": (HOST, DEVICE), "to_host": (DEVICE, HOST), "within": (DEVICE, DEVICE)}
+
+Addresses = npt.NDArray[np.int64]
+
+
+class DeviceFailed(EngineError):
+    """A call of the CUDA driver failed; the message names it and its code."""
+
+
+class _Matrix(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = (
+        ("source_x", ctypes.c_size_t), ("source_y", ctypes.c_size_t), ("source_kind", ctypes.c_uint),
+        ("source_host", ctypes.c_void_p), ("source_device", ctypes.c_uint64), ("source_array", ctypes.c_void_p),
+        ("source_pitch", ctypes.c_size_t),
+        ("to_x", ctypes.c_size_t), ("to_y", ctypes.c_size_t), ("to_kind", ctypes.c_uint),
+        ("to_host", ctypes.c_void_p), ("to_device", ctypes.c_uint64), ("to_array", ctypes.c_void_p),
+        ("to_pitch", ctypes.c_size_t),
+        ("width", ctypes.c_size_t), ("height", ctypes.c_size_t),
+    )  # fmt: skip
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes: the order of access; where the memory is, is left for the driver to see."""
+
+    _fields_ = (("order", ctypes.c_uint), ("hints", ctypes.c_int * 4), ("flags", ctypes.c_uint))
+
+
+class Stream:
+    """A stream of its own. Any thread may queue copies on it."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._device = device
+        self._torch = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.handle = int(self._torch.cuda_stream)
+
+    def follow(self) -> None:
+        """Let what comes next wait for the device's default stream and the calling thread's."""
+        import torch
+
+        self._torch.wait_stream(torch.cuda.current_stream(self._device))
+        self._torch.wait_stream(torch.cuda.default_stream(self._device))
+
+    def wait(self) -> None:
+        """Block until everything queued here by now is done. Raises DeviceFailed."""
+        import torch
+
+        try:
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # waits asleep: the cores take checksums
+            done.record(self._torch)
+            done.synchronize()
+        except RuntimeError as error:
+            raise DeviceFailed(f"a copy to {self._device} failed: {error}") from error
+
+
+class Cuda:
+    """One device's copies, all of them asynchronous. Every method raises DeviceFailed."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise DeviceFailed(f"slots are on {device}, and this process has no working CUDA device")
+        self.device = device
+        try:
+            self._driver = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise DeviceFailed(f"the CUDA driver's library cannot be loaded: {error}") from error
+        with torch.cuda.device(device):
+            torch.empty(1, device=device)  # makes the context, if this is the first use
+            torch.cuda.synchronize(device)
+            self._context = ctypes.c_void_p()
+            self._check("cuCtxGetCurrent", self._driver.cuCtxGetCurrent(ctypes.byref(self._context)))
+
+    def open_stream(self) -> Stream:
+        return Stream(self.device)
+
+    def enter(self) -> None:
+        """Make the device's context the calling thread's; before the first call of a thread."""
+        self._check("cuCtxSetCurrent", self._driver.cuCtxSetCurrent(self._context))
+
+    def allocate(self, nbytes: int) -> tuple[int, Any]:
+        """Page-locked host memory: its address, and what keeps it alive."""
+        import torch
+
+        memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return memory.data_ptr(), memory
+
+    def runs(self, way: str, to: Addresses, source: Addresses, sizes: Addresses, stream: Stream) -> None:
+        """Copy runs; `way` is to_device, to_host or within. Arrays of one length, int64."""
+        if self._batch is not None and len(sizes) >= BATCH_COPIES_MIN:
+            self._copy_batch(to, source, sizes, stream)
+        else:
+            self._copy_each(way, to, source, sizes, stream)
+
+    def rows(
+        self, way: str, to: tuple[int, int], source: tuple[int, int], shape: tuple[int, int], stream: Stream
+    ) -> None:
+        """Copy a matrix of (rows, bytes a row); `to` and `source` are (address, bytes from row to row)."""
+        source_kind, to_kind = _KINDS[way]
+        matrix = _Matrix(
+            source_kind=source_kind, source_host=source[0], source_device=source[0], source_pitch=source[1],
+            to_kind=to_kind, to_host=to[0], to_device=to[0], to_pitch=to[1], width=shape[1], height=shape[0],
+        )  # fmt: skip
+        self._check(
+            "cuMemcpy2DAsync", self._driver.cuMemcpy2DAsync_v2(ctypes.byref(matrix), ctypes.c_void_p(stream.handle))
+        )
+
+    def _copy_each(self, way: str, to: Addresses, source: Addresses, sizes: Addresses, stream: Stream) -> None:
+        function, handle = self._functions[way], ctypes.c_void_p(stream.handle)
+        for one_to, one_source, size in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
+            code = function(one_to, one_source, size, handle)
+            if code:
+                self._check(_CALLS[way], code)
+
+    def _copy_batch(self, to: Addresses, source: Addresses, sizes: Addresses, stream: Stream) -> None:
+        to, source, sizes = map(np.ascontiguousarray, (to, source, sizes))
+        attributes = _Attributes(order=ORDER_OF_STREAM)
+        first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
+        code = self._batch(
+            to.ctypes.data, source.ctypes.data, sizes.ctypes.data, len(sizes),
+            ctypes.byref(attributes), ctypes.byref(first), 1, ctypes.byref(failed), stream.handle,
+        )  # fmt: skip
+        self._check("cuMemcpyBatchAsync", code)
+
+    @cached_property
+    def _functions(self) -> dict[str, Any]:
+        functions = {}
+        for way, call in _CALLS.items():
+            function = functions[way] = self._driver[call]
+            function.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        return functions
+
+    @cached_property
+    def _batch(self) -> Any:
+        """cuMemcpyBatchAsync, which takes all copies in one call; None with drivers before CUDA 12.8."""
+        try:
+            function = self._driver["cuMemcpyBatchAsync"]
+        except AttributeError:
+            return None
+        void, size = ctypes.c_void_p, ctypes.c_size_t
+        function.argtypes = (void, void, void, size, void, void, size, void, void)
+        return function
+
+    def _check(self, call: str, code: int) -> None:
+        if code:
+            raise DeviceFailed(f"{call} on {self.device} gave CUDA error {code}")

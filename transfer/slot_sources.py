@@ -1,0 +1,237 @@
+"""Where the blocks of a rank's slots come from: `transfer.sources`, with slots as the destination.
+
+Each takes the checksum of what it brought, block by block, and leaves a block out that it could not bring whole: the
+restore then asks the next source. None lets an exception out that is not a HotspareError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from shm.attachment import Attachment
+from shm.errors import BlockUnavailable, HotspareError
+from shm.manifest import TENSOR_ALIGNMENT
+from transfer.engine import Copy, TransferEngine
+from transfer.errors import TransferFailed
+from transfer.host_slots import SlotMemory
+from transfer.memory import view
+from transfer.plan import Batch, Limits, Piece, Want, coalesce, split
+from transfer.slot_table import SlotTable
+from transfer.sources import DiskSource, SourceKind
+from transfer.staging import Staging
+
+LOCAL_LANES_MAX = 16
+LOCAL_BATCH_NBYTES = 32 << 20
+PEER_LANES_MAX = 8
+DISK_LANES_MAX = 16
+DIRECT_BATCH_NBYTES = 64 << 20
+ITEM_NBYTES_MAX = 8 << 20  # TCP moves the items of a batch side by side, and each item through one connection
+
+IN_SLOTS = 0
+"""The destination of a want's one piece: the slots, which the source finds by the want's row."""
+
+
+def want_of(row: int, nbytes: int, expected: bytes | None) -> Want:
+    """A block for the slots that its row belongs to."""
+    return Want(row, nbytes, (Piece(IN_SLOTS, 0, nbytes),), expected)
+
+
+class SlotDestination:
+    """The slots as a restore sees them; tells `done` of each block that is in place and right."""
+
+    def __init__(self, memory: SlotMemory, table: SlotTable, done: Callable[[], None]) -> None:
+        self._memory = memory
+        self._table = table
+        self._done = done
+
+    def begin(self, want: Want) -> None:
+        """Nothing: a slot is not good until the report says so."""
+
+    def checksum(self, want: Want) -> bytes:
+        """Asked for blocks that a source left out, and once more for blocks that late bytes may have reached."""
+        if want.checksum is None or not self._table.is_whole(want.row):
+            raise BlockUnavailable("it was withdrawn while it was being copied")
+        return self._memory.check(want.row)
+
+    def publish(self, want: Want, checksum: bytes) -> None:
+        self._done()
+
+
+class SlotSource(ABC):
+    """What the three have in common."""
+
+    kind: SourceKind
+    writes = True
+
+    def __init__(self, name: str, memory: SlotMemory, lanes: int, limits: Limits) -> None:
+        self.name = name
+        self.lanes = lanes
+        self.limits = limits
+        self._memory = memory
+
+    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
+        try:
+            return self._fetch(batch.wants)
+        except HotspareError:
+            raise
+        except Exception as error:  # an engine must survive whatever its sources do
+            raise TransferFailed(f"{type(error).__name__}: {error}") from error
+
+    @abstractmethod
+    def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]: ...
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing open
+        """Give up what it holds open."""
+
+
+class LocalSlots(SlotSource):
+    """An attached segment of this host. Its owner may withdraw a block at any time, so that is asked before and after.
+
+    With `staging` blocks pass through it: for a device, where the segment could not be page-locked.
+    """
+
+    kind = SourceKind.LOCAL
+
+    def __init__(self, name: str, attachment: Attachment, memory: SlotMemory, staging: Staging | None = None) -> None:
+        lanes = max(2, min(LOCAL_LANES_MAX, os.cpu_count() or 2))
+        super().__init__(name, memory, lanes, Limits(nbytes=staging.capacity if staging else LOCAL_BATCH_NBYTES))
+        self._attachment = attachment
+        self._staging = staging
+
+    def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]:
+        here = [(want.row, address) for want in wants if (address := self._address(want.row)) is not None]
+        if self._staging is None:
+            checksums = self._memory.put(here)
+        else:
+            checksums = self._through(self._staging, here, {want.row: want.nbytes for want in wants})
+        return {row: checksum for row, checksum in checksums.items() if self._address(row) is not None}
+
+    def _through(
+        self, staging: Staging, here: Sequence[tuple[int, int]], nbytes: Mapping[int, int]
+    ) -> dict[int, bytes]:
+        with staging.take() as buffer:
+            placed = list(_packed(buffer.address, [(row, nbytes[row]) for row, _ in here]))
+            for (row, to), (_, address) in zip(placed, here, strict=True):
+                ctypes.memmove(to, address, nbytes[row])
+            return self._memory.put(placed)
+
+    def _address(self, row: int) -> int | None:
+        try:
+            return self._attachment.address(row)
+        except BlockUnavailable:
+            return None
+
+
+class PeerSlots(SlotSource):
+    """A peer's memory, by way of the transfer engine: straight into slots that allow it, else through staging.
+
+    Straight only with `is_straight`: the slots are registered, and `engine` can be thrown away after a peer timed out,
+    for otherwise that peer's bytes might arrive in a slot that has long had another expert.
+    """
+
+    kind = SourceKind.PEER
+
+    def __init__(
+        self,
+        name: str,
+        session_id: str,
+        addresses: Mapping[int, int],
+        engine: TransferEngine,
+        memory: SlotMemory,
+        table: SlotTable,
+        staging: Staging,
+        *,
+        is_straight: bool,
+    ) -> None:
+        lanes = max(2, min(PEER_LANES_MAX, (os.cpu_count() or 2) // 2))
+        super().__init__(name, memory, lanes, Limits(nbytes=min(staging.capacity, DIRECT_BATCH_NBYTES)))
+        self.session_id = session_id
+        self.timed_out = False
+        self._addresses = addresses
+        self._engine = engine
+        self._table = table
+        self._staging = staging
+        self._is_straight = is_straight
+
+    def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]:
+        direct = [want for want in wants if self._is_straight and self._table.is_direct(want.row)]
+        staged = [want for want in wants if want not in direct] if direct else wants
+        checksums = self._straight(direct) if direct else {}
+        return checksums | (self._through(staged) if staged else {})
+
+    def _straight(self, wants: Sequence[Want]) -> dict[int, bytes]:
+        copies = [
+            Copy(copy.address, self._addresses[want.row] + copy.block_offset, copy.run_nbytes)
+            for want in wants
+            for copy in self._table.by_slot(want.row)[0]
+        ]
+        try:
+            self._read(copies)
+        except TransferFailed as error:
+            self.timed_out |= error.timed_out
+            raise
+        for want in wants:
+            self._memory.spread(want.row)
+        return {want.row: self._memory.check(want.row) for want in wants}
+
+    def _through(self, wants: Sequence[Want]) -> dict[int, bytes]:
+        self._staging.prepare(self._engine)
+        with self._staging.take() as buffer:
+            placed = list(_packed(buffer.address, [(want.row, want.nbytes) for want in wants]))
+            copies = [
+                Copy(to, self._addresses[row], want.nbytes) for (row, to), want in zip(placed, wants, strict=True)
+            ]
+            try:
+                self._read(copies)
+            except TransferFailed as error:
+                buffer.is_retired = error.timed_out
+                # Late bytes land in the buffer, never in a slot: to the restore this is a failure like any other.
+                raise TransferFailed(str(error)) from error
+            return self._memory.put(placed)
+
+    def _read(self, copies: Sequence[Copy]) -> None:
+        for call in split(_sliced(coalesce(copies)), Limits()):
+            self._engine.read(self.session_id, call)
+
+
+class DiskSlots(SlotSource):
+    """The checkpoint's files, through staging."""
+
+    kind = SourceKind.DISK
+
+    def __init__(self, name: str, disk: DiskSource, memory: SlotMemory, staging: Staging) -> None:
+        lanes = max(2, min(DISK_LANES_MAX, os.cpu_count() or 2))
+        super().__init__(name, memory, lanes, Limits(nbytes=staging.capacity))
+        self._disk = disk
+        self._staging = staging
+
+    def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]:
+        with self._staging.take() as buffer:
+            placed = list(_packed(buffer.address, [(want.row, want.nbytes) for want in wants]))
+            read = {
+                row: self._disk.read_block(row, view(to, want.nbytes))
+                for (row, to), want in zip(placed, wants, strict=True)
+            }
+            put = self._memory.put(placed)
+        return {row: taken for row, taken in read.items() if put[row] == taken}
+
+    def close(self) -> None:
+        self._disk.close()
+
+
+def _packed(start: int, blocks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(row, address) of blocks, given as (row, bytes), one behind the other."""
+    for row, nbytes in blocks:
+        yield row, start
+        start += -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+
+
+def _sliced(copies: Sequence[Copy]) -> list[Copy]:
+    return [
+        Copy(to + at, source + at, min(ITEM_NBYTES_MAX, nbytes - at))
+        for to, source, nbytes in copies
+        for at in range(0, nbytes, ITEM_NBYTES_MAX)
+    ]
