@@ -328,11 +328,13 @@ class Manifest:
             head = json.loads(bytes(data[_PREFIX.size : start]))
             rows = np.frombuffer(data, _ROW, n_rows, start)
             ranges = np.frombuffer(data, _RANGE, n_ranges, start + rows.nbytes)
-        except (struct.error, ValueError) as error:
+        except (struct.error, ValueError, OverflowError, RecursionError) as error:
             raise ManifestError(f"not a manifest: {error}") from error
         manifest = cls._assemble(head, rows, ranges)
         if digest is None:  # bytes of our own making that match a digest need no second look
             manifest._validate()
+            if manifest.to_bytes() != data:
+                raise ManifestError("not a manifest: it says the same as one, but not in the same bytes")
         return manifest
 
     @classmethod
@@ -343,8 +345,8 @@ class Manifest:
                 _schema_of([TensorEntry(str(n), str(d), tuple(shape), 0, 0) for n, d, shape in tensors])
                 for tensors in head["schemas"]
             )
-            model, family, include = str(head["model"]), str(head["family"]), str(head["include"])
-        except (KeyError, TypeError, ValueError) as error:
+            model, family, include = check_name("model", str(head["model"])), str(head["family"]), str(head["include"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ManifestError(f"not a manifest: {error!r}") from error
         return cls(model, family, include, files, schemas, rows, ranges)
 
@@ -398,7 +400,6 @@ class Manifest:
         return manifest
 
     def _validate(self) -> None:
-        check_name("model", self.model)
         for what, count, most in (
             ("blocks", len(self.rows), BLOCKS_MAX),
             ("schemas", len(self.schemas), SCHEMAS_MAX),
@@ -406,6 +407,9 @@ class Manifest:
         ):
             if not 0 < count <= most:
                 raise ManifestError(f"{count} {what}: a manifest has 1 to {most}")
+        for file in self.files:
+            if not 0 <= file.nbytes <= NBYTES_MAX:
+                raise ManifestError(f"file {file.name!r} of {file.nbytes} bytes: it has 0 to {NBYTES_MAX}")
         for schema in self.schemas:
             self._validate_schema(schema)
         self._validate_rows()
