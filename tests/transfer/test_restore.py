@@ -1,0 +1,438 @@
+"""The executor over real memory. Sources that lie, break or stall are of the test's own: loopback cannot make those."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from shm.errors import HotspareError
+from shm.manifest import ExpertKey
+from transfer.checkpoint import read_checkpoint
+from transfer.errors import TransferFailed
+from transfer.memory import view
+from transfer.plan import Batch, Limits, Offer, Piece, Want
+from transfer.progress import Progress, Report, RestoreState
+from transfer.restore import SOURCE_FAILURES_MAX, Restore
+from transfer.sources import DiskSource, InPlace, LocalSource, Source, SourceKind
+
+NBYTES = 3333
+SPARE = 77  # between blocks, so that nothing joins
+
+
+class Memory:
+    """Blocks of a source or a destination, one behind the other."""
+
+    def __init__(self, blocks: int, seed: int | None = None) -> None:
+        self.array = np.zeros(blocks * (NBYTES + SPARE), np.uint8)
+        if seed is not None:
+            self.array[:] = np.random.default_rng(seed).integers(0, 256, self.array.size, np.uint8)
+
+    def address(self, row: int) -> int:
+        return int(self.array.ctypes.data) + row * (NBYTES + SPARE)
+
+    def block(self, row: int) -> memoryview:
+        return view(self.address(row), NBYTES)
+
+
+class Slots:
+    """A destination that remembers what was hidden and published, and checks that no block is published wrong."""
+
+    def __init__(self, blocks: int, truth: Memory) -> None:
+        self.memory = Memory(blocks)
+        self.truth = truth
+        self.published: set[int] = set()
+        self.begun: Counter[int] = Counter()
+        self.wrong: list[int] = []
+
+    def begin(self, want: Want) -> None:
+        self.begun[want.row] += 1
+        self.published.discard(want.row)
+
+    def checksum(self, want: Want) -> bytes:
+        return xxhash.xxh3_128_digest(self.memory.block(want.row))
+
+    def publish(self, want: Want, checksum: bytes) -> None:
+        if self.memory.block(want.row) != self.truth.block(want.row):
+            self.wrong.append(want.row)
+        self.published.add(want.row)
+
+
+class Odd(LocalSource):
+    """Copies memory, and calls `trick` with each batch first or after."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        before: Callable[[Batch], None] | None = None,
+        after: Callable[[Batch], None] | None = None,
+        kind: SourceKind = SourceKind.PEER,
+        lanes: int = 1,
+    ) -> None:
+        super().__init__(name)
+        self.kind = kind  # type: ignore[misc]
+        self.lanes = lanes
+        self.limits = Limits(nbytes=2 * NBYTES)  # type: ignore[misc]
+        self._before, self._after = before, after
+        self.fetched: list[int] = []
+        self.closed = 0
+
+    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
+        self.fetched.extend(want.row for want in batch.wants)
+        if self._before:
+            self._before(batch)
+        super().fetch(batch)
+        if self._after:
+            self._after(batch)
+        return {}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Case:
+    """Blocks that sources with the right bytes can bring."""
+
+    def __init__(self, blocks: int = 13) -> None:
+        self.rows = range(blocks)
+        self.truth = Memory(blocks, seed=33)
+        self.slots = Slots(blocks, self.truth)
+        self.wants = [
+            Want(
+                row,
+                NBYTES,
+                (Piece(self.slots.memory.address(row), 0, NBYTES),),
+                xxhash.xxh3_128_digest(self.truth.block(row)),
+            )
+            for row in self.rows
+        ]
+
+    def restore(self, *tiers: list[Any], only: Mapping[str, set[int]] | None = None, **options: Any) -> Restore:
+        """Every source offers every row, or those of `only`; an InPlace one those that are published."""
+        offers: dict[int, list[Offer]] = {row: [] for row in self.rows}
+        for source in (s for tier in tiers for s in tier):
+            has = (only or {}).get(source.name, set(self.rows))
+            for row in sorted(has):
+                offers[row].append(Offer(source.name, self.truth.address(row)))
+        key_of = options.pop("key_of", lambda row: ExpertKey(3, row))
+        return Restore(
+            options.pop("wants", self.wants), offers, tiers, self.slots, key_of, options.pop("progress", None)
+        )
+
+    def check(self, report: Report, done: set[int] | None = None) -> None:
+        """What is published is right, and the numbers say so."""
+        done = set(self.rows) if done is None else done
+        assert self.slots.published == done
+        assert self.slots.wrong == []
+        assert (report.blocks_done, report.bytes_done) == (len(done), len(done) * NBYTES)
+        assert sum(report.bytes_by_source.values()) == report.bytes_done
+        assert {f.key.expert for f in report.failed} == (
+            set(self.rows) - done if report.state is RestoreState.FAILED else set()
+        )
+
+
+def fail(message: str = "the wire broke", **options: Any) -> Callable[[Batch], None]:
+    def trick(batch: Batch) -> None:
+        raise TransferFailed(message, **options)
+
+    return trick
+
+
+def spoil(batch: Batch) -> None:
+    for want in batch.wants:
+        view(want.pieces[0].destination, NBYTES)[NBYTES - 1] ^= 1
+
+
+@pytest.fixture
+def case() -> Case:
+    return Case()
+
+
+# -- the good days ---------------------------------------------------------------------------------------------
+
+
+def test_every_block_comes_verified_and_published(case: Case) -> None:
+    a, b = Odd("a"), Odd("b")
+    report = case.restore([a, b]).run()
+    assert report.ok
+    case.check(report)
+    assert report.bytes_by_source == {"local": 0, "peer": 13 * NBYTES, "disk": 0}
+    assert sorted(a.fetched + b.fetched) == list(case.rows)
+    assert abs(len(a.fetched) - len(b.fetched)) <= 1
+    assert set(case.slots.begun.values()) == {1}, "each was hidden before its bytes changed"
+    assert (a.closed, b.closed) == (1, 1)
+
+
+def test_the_nearest_source_serves_alone_if_it_can(case: Case) -> None:
+    near, far = Odd("near", kind=SourceKind.PEER), Odd("far", kind=SourceKind.DISK)
+    report = case.restore([near], [far], only={"near": {0, 1, 2, 3, 4}}).run()
+    case.check(report)
+    assert sorted(near.fetched) == [0, 1, 2, 3, 4]
+    assert sorted(far.fetched) == list(range(5, 13))
+    assert report.bytes_by_source == {"local": 0, "peer": 5 * NBYTES, "disk": 8 * NBYTES}
+
+
+def test_an_empty_restore_succeeds_at_once(case: Case) -> None:
+    report = case.restore([Odd("a")], wants=[]).run()
+    assert (report.state, report.blocks_total, report.error) == (RestoreState.SUCCEEDED, 0, None)
+
+
+def test_blocks_in_place_are_verified_not_moved_and_bad_ones_mended(case: Case) -> None:
+    for row in case.rows:
+        case.slots.memory.block(row)[:] = case.truth.block(row)
+        case.slots.published.add(row)
+    case.slots.memory.block(7)[100] ^= 1
+    case.slots.memory.block(11)[NBYTES - 1] ^= 1
+    peer = Odd("peer")
+    report = case.restore([InPlace("in place")], [peer]).run()
+    case.check(report)
+    assert sorted(peer.fetched) == [7, 11]
+    assert report.bytes_by_source == {"local": 11 * NBYTES, "peer": 2 * NBYTES, "disk": 0}
+    assert case.slots.begun == {7: 2, 11: 2}, "hidden when found bad, and when written; the others never"
+
+
+def test_a_bad_block_that_nobody_can_mend_is_hidden(case: Case) -> None:
+    for row in case.rows:
+        case.slots.memory.block(row)[:] = case.truth.block(row)
+        case.slots.published.add(row)
+    case.slots.memory.block(7)[100] ^= 1
+    report = case.restore([InPlace("in place")]).run()
+    case.check(report, done=set(case.rows) - {7})
+    assert "checksum" in report.failed[0].reason
+
+
+def test_blocks_of_a_real_checkpoint_take_the_disks_word_and_leave_no_descriptor(moe_checkpoint: Path) -> None:
+    checkpoint = read_checkpoint(moe_checkpoint, "moe")
+    nbytes = int(checkpoint.manifest.nbytes[0])
+    rows = range(len(checkpoint.manifest))
+    arena = np.zeros(len(rows) * nbytes, np.uint8)
+    published: dict[int, bytes] = {}
+
+    class Destination:
+        def begin(self, want: Want) -> None: ...
+
+        def checksum(self, want: Want) -> bytes:
+            raise AssertionError("the disk took it on the way")
+
+        def publish(self, want: Want, checksum: bytes) -> None:
+            published[want.row] = checksum
+
+    disk = DiskSource(checkpoint)
+    wants = [Want(row, nbytes, (Piece(arena.ctypes.data + row * nbytes, 0, nbytes),), None) for row in rows]
+    offers = {row: [Offer("disk", disk.position(row))] for row in rows}
+    report = Restore(wants, offers, [[disk]], Destination(), lambda row: checkpoint.manifest.keys[row]).run()
+    assert report.bytes_by_source == {"local": 0, "peer": 0, "disk": arena.nbytes}
+    for row in rows:
+        assert published[row] == xxhash.xxh3_128_digest(arena[row * nbytes : (row + 1) * nbytes])
+    assert disk._descriptors == {}
+
+
+# -- sources that fail -----------------------------------------------------------------------------------------
+
+
+def test_another_replica_serves_what_one_fails_to(case: Case) -> None:
+    bad, good, disk = Odd("bad", before=fail()), Odd("good"), Odd("disk", kind=SourceKind.DISK)
+    report = case.restore([bad, good], [disk]).run()
+    assert report.ok
+    case.check(report)
+    assert sorted(good.fetched) == list(case.rows)
+    assert disk.fetched == []
+
+
+def test_the_next_tier_serves_what_no_replica_can(case: Case) -> None:
+    disk = Odd("disk", kind=SourceKind.DISK)
+    report = case.restore([Odd("b1", before=fail()), Odd("b2", before=fail())], [disk]).run()
+    case.check(report)
+    assert report.bytes_by_source == {"local": 0, "peer": 0, "disk": 13 * NBYTES}
+
+
+def test_a_source_that_keeps_failing_is_not_asked_again(case: Case) -> None:
+    bad, good = Odd("bad", before=fail()), Odd("good")
+    report = case.restore([bad], [good]).run()
+    case.check(report)
+    batches_of_two = 2 * SOURCE_FAILURES_MAX
+    assert len(bad.fetched) == batches_of_two
+
+
+@pytest.mark.parametrize("error", [OSError(5, "I/O"), MemoryError("no"), KeyError("x"), HotspareError("ours")])
+def test_whatever_a_source_raises_others_serve_and_nothing_hangs(case: Case, error: Exception) -> None:
+    def trick(batch: Batch) -> None:
+        raise error
+
+    report = case.restore([Odd("bad", before=trick)], [Odd("good")]).run()
+    assert report.ok
+    case.check(report)
+
+
+def test_where_nobody_can_help_the_report_says_what_each_source_said(case: Case) -> None:
+    good_for = {"only-some": {2, 3, 5}}
+    restore = case.restore([Odd("broken", before=fail("it is on fire"))], [Odd("only-some")], only=good_for)
+    report = restore.run()
+    assert report.state is RestoreState.FAILED
+    case.check(report, done={2, 3, 5})
+    assert report.error is not None
+    assert report.error.startswith("10 blocks could not be had")
+    assert "broken: it is on fire" in report.failed[0].reason
+    assert any("given up after" in f.reason for f in report.failed)
+
+
+def test_a_block_that_nobody_offers_is_reported_with_a_reason(case: Case) -> None:
+    report = case.restore([Odd("a")], only={"a": set(range(12))}).run()
+    case.check(report, done=set(range(12)))
+    assert report.failed[0].reason == "no source that was allowed and could be reached has it"
+
+
+# -- sources that lie ------------------------------------------------------------------------------------------
+
+
+def test_wrong_bytes_are_never_published(case: Case) -> None:
+    liar, honest = Odd("liar", after=spoil), Odd("honest")
+    report = case.restore([liar], [honest]).run()
+    assert report.ok
+    case.check(report)
+    assert sorted(honest.fetched) == list(case.rows)
+
+
+def test_wrong_bytes_from_everyone_leave_the_block_hidden(case: Case) -> None:
+    report = case.restore([Odd("x", after=spoil), Odd("y", after=spoil)]).run()
+    assert report.state is RestoreState.FAILED
+    case.check(report, done=set())
+    assert all("x: checksum" in f.reason and "y: checksum" in f.reason for f in report.failed)
+
+
+def test_late_bytes_after_a_timeout_are_seen_and_the_block_is_brought_again(case: Case) -> None:
+    """A peer times out; the next source serves; then the peer's late bytes land, and they are wrong."""
+    late: list[Callable[[], None]] = []
+
+    def time_out(batch: Batch) -> None:
+        late.append(lambda: spoil(batch))
+        raise TransferFailed("gave up", timed_out=True)
+
+    third = Odd("third", kind=SourceKind.DISK)
+    restore = case.restore([Odd("stalled", before=time_out)], [Odd("second")], [third])
+    settle = restore._settle_late
+
+    def land_then_settle() -> bool:
+        while late:
+            late.pop()()
+        return settle()
+
+    restore._settle_late = land_then_settle  # type: ignore[method-assign]
+    report = restore.run()
+    assert report.ok
+    case.check(report)
+    assert len(third.fetched) == 2 * SOURCE_FAILURES_MAX, "those that the stalled peer could still reach"
+    assert report.bytes_by_source["disk"] == len(third.fetched) * NBYTES
+
+
+def test_late_bytes_that_nobody_can_mend_are_reported(case: Case) -> None:
+    def time_out(batch: Batch) -> None:
+        raise TransferFailed("gave up", timed_out=True)
+
+    restore = case.restore([Odd("stalled", before=time_out)], [Odd("second")])
+    settle = restore._settle_late
+
+    def land_then_settle() -> bool:
+        for want, _, _ in restore._late.values():
+            case.slots.memory.block(want.row)[0] ^= 1
+        return settle()
+
+    restore._settle_late = land_then_settle  # type: ignore[method-assign]
+    report = restore.run()
+    assert report.state is RestoreState.FAILED
+    case.check(report, done=case.slots.published)
+    assert len(report.failed) == 2 * SOURCE_FAILURES_MAX
+    assert "late bytes" in report.failed[0].reason
+
+
+# -- destinations that fail ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["begin", "checksum", "publish"])
+def test_a_destination_that_fails_for_a_block_costs_only_that_block(
+    case: Case, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = getattr(case.slots, verb)
+
+    def broken(want: Want, *rest: Any) -> Any:
+        if want.row == 7:
+            raise ValueError("this slot is gone")
+        return done(want, *rest)
+
+    monkeypatch.setattr(case.slots, verb, broken)
+    source = Odd("a")
+    source.limits = Limits(nbytes=NBYTES)  # type: ignore[misc]
+    report = case.restore([source], [Odd("b")]).run()
+    assert report.state is RestoreState.FAILED
+    case.check(report, done=set(case.rows) - {7})
+    assert "this slot is gone" in report.failed[0].reason
+
+
+def test_a_failure_of_the_restore_itself_is_told_and_closes_the_sources(case: Case) -> None:
+    def broken(row: int) -> ExpertKey:
+        raise RuntimeError("no keys today")
+
+    source, progress = Odd("a"), Progress()
+    restore = case.restore([source], only={"a": set()}, key_of=broken, progress=progress)
+    with pytest.raises(RuntimeError, match="no keys today"):
+        restore.run()
+    assert (progress.report().state, progress.report().error) == (RestoreState.FAILED, "RuntimeError: no keys today")
+    assert source.closed == 1
+
+
+# -- cancelling and watching -----------------------------------------------------------------------------------
+
+
+def test_cancelling_stops_after_the_batches_under_way(case: Case) -> None:
+    source = Odd("a", before=lambda batch: restore.cancel() if len(source.fetched) > 4 else None)
+    restore = case.restore([source])
+    report = restore.run()
+    assert report.state is RestoreState.CANCELLED
+    assert sorted(case.slots.published) == sorted(source.fetched), "whole batches, and those are published"
+    assert 4 < len(source.fetched) < 13
+    case.check(report, done=set(source.fetched))
+    assert source.closed == 1
+
+
+def test_one_cancelled_before_it_runs_touches_nothing(case: Case) -> None:
+    source = Odd("a")
+    restore = case.restore([source])
+    restore.cancel()
+    report = restore.run()
+    assert report.state is RestoreState.CANCELLED
+    case.check(report, done=set())
+    assert (source.fetched, source.closed) == ([], 1)
+    assert not case.slots.begun
+
+
+def test_the_numbers_add_up_whenever_somebody_looks() -> None:
+    case = Case(blocks=333)
+    sources: list[Source] = [Odd("a", lanes=3), Odd("b", lanes=2, after=spoil)]
+    restore = case.restore(sources, [Odd("disk", kind=SourceKind.DISK)])
+    seen: list[Report] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            seen.append(restore.report())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    report = restore.run()
+    ended.set()
+    watcher.join()
+    case.check(report)
+    for before, after in itertools.pairwise(seen):
+        assert before.blocks_done <= after.blocks_done
+        assert all(before.bytes_by_source[k] <= after.bytes_by_source[k] for k in before.bytes_by_source)
+    for each in seen:
+        assert each.bytes_done == sum(each.bytes_by_source.values()) == each.blocks_done * NBYTES
+        assert each.state is RestoreState.RUNNING or each.blocks_done in (0, 333)
