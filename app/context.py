@@ -10,11 +10,13 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from app.cluster import Cluster
+from app.consumers import ConsumerStore
 from app.fill import Filler
 from app.membership import Membership
 from app.node import Node
 from app.peers import PeerClient
 from app.problems import Unavailable
+from app.pushes import PushDesk
 from app.restores import RestoreStore
 from app.settings import Settings
 
@@ -30,6 +32,8 @@ class Context:
     restores: RestoreStore
     filler: Filler
     client: PeerClient
+    consumers: ConsumerStore
+    pushes: PushDesk
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
@@ -44,8 +48,9 @@ class Context:
         except BaseException:
             client.close()
             raise
-        store = RestoreStore(node, client)
-        return cls(node, cluster, store, Filler(node, store), client)
+        consumers = ConsumerStore()
+        store = RestoreStore(node, client, consumers)
+        return cls(node, cluster, store, Filler(node, store), client, consumers, PushDesk(node, store.mend))
 
     def start(self) -> None:
         """Begin to poll, to restore and to fill, each in a thread."""

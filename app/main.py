@@ -12,7 +12,7 @@ from app import problems
 from app.access import BodyLimit, require_token
 from app.context import Context
 from app.docs_ui import mount_docs
-from app.routes import cluster, health, metrics, node, restores
+from app.routes import cluster, consumers, health, metrics, node, restores
 from app.settings import Settings
 from app.version import VERSION
 
@@ -50,13 +50,14 @@ def create_app(settings: Settings, context: Context | None = None) -> FastAPI:
             {"name": "node", "description": "This node."},
             {"name": "cluster", "description": "All nodes, as this one sees them."},
             {"name": "restores", "description": "Bringing blocks back."},
+            {"name": "consumers", "description": "Engines whose memory restores may go to."},
         ],
     )
     app.state.settings = settings
     app.add_middleware(BodyLimit)
     problems.install(app)
     app.include_router(health.router)
-    for router in (metrics.router, node.router, cluster.router, restores.router):
+    for router in (metrics.router, node.router, cluster.router, restores.router, consumers.router):
         app.include_router(router, dependencies=[Depends(require_token)])
     mount_docs(app)
     return app

@@ -7,9 +7,21 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from app.consumers import TTL_S_DEFAULT, TTL_S_MAX, TTL_S_MIN
 from app.membership import PeerState
 from app.node import NodeState
+from shm.manifest import NBYTES_MAX
 from transfer.progress import RestoreState
+from transfer.push import PUSH_BLOCKS_MAX
+from transfer.push_table import (
+    ADDRESS_MAX,
+    BASES_MAX,
+    COPIES_PER_FORM_MAX,
+    FORMS_MAX,
+    RANGES_MAX,
+    RUNS_PER_SLOT_MAX,
+    SLOTS_MAX,
+)
 from transfer.sources import SourceKind
 
 EXPERTS_MAX = 1 << 20  # named in one request
@@ -181,6 +193,15 @@ class RestoreRequest(Document):
     sources: Annotated[list[Literal["peer", "disk"]], Field(min_length=1)] | None = Field(
         None, description="null: peers, then disk. Memory of the target's own host is always used."
     )
+    read_back: bool = Field(
+        False, description="Of a consumer: read what was written back, and compare it. Takes about twice as long."
+    )
+
+    @model_validator(mode="after")
+    def _read_back_of_consumer(self) -> RestoreRequest:
+        if self.read_back and self.target.consumer_id is None:
+            raise ValueError("read_back is for consumers: a node verifies its own memory anyway")
+        return self
 
 
 class FailedExpert(Document):
@@ -208,3 +229,96 @@ class RestoreDocument(Document):
 
 class Restores(Document):
     restores: list[RestoreDocument] = Field(description="Newest first.")
+
+
+# -- consumers -------------------------------------------------------------------------------------------------
+
+Address = Annotated[int, Field(ge=1, le=ADDRESS_MAX)]
+Offset = Annotated[int, Field(ge=0, le=NBYTES_MAX)]
+Length = Annotated[int, Field(ge=1, le=NBYTES_MAX)]
+TtlS = Annotated[float, Field(ge=TTL_S_MIN, le=TTL_S_MAX)]
+
+
+class FormCopyDocument(Document):
+    """`rows` runs of `run_nbytes`: `block_pitch` apart in the block, `pitch` apart at bases[`base`] + `offset`."""
+
+    block_offset: Offset
+    base: Annotated[int, Field(ge=0, lt=BASES_MAX, description="Index into the slot's `bases`.")]
+    offset: Offset
+    rows: Annotated[int, Field(ge=1, le=RUNS_PER_SLOT_MAX)]
+    run_nbytes: Length
+    block_pitch: Offset
+    pitch: Offset
+
+
+class SlotDocument(Document):
+    """A place that holds one expert. Two slots of one expert are siblings: both are written."""
+
+    layer: Layer
+    expert: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    form: Annotated[int, Field(ge=0, lt=FORMS_MAX, description="Index into `forms`.")]
+    bases: Annotated[list[Address], Field(min_length=1, max_length=BASES_MAX)]
+
+
+class PushTableDocument(Document):
+    """Where blocks belong in an engine's memory. Nothing outside `ranges` is ever written."""
+
+    session_id: Annotated[
+        str, Field(pattern=r"^[^\s/@]{1,255}:[0-9]{1,5}$", description="Of the engine's transfer engine: host:port.")
+    ]
+    manifest_digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="The manifest that it was made for.")]
+    ranges: Annotated[
+        list[tuple[Address, Length]],
+        Field(min_length=1, max_length=RANGES_MAX, description="[address, nbytes] registered with that engine."),
+    ]
+    forms: Annotated[
+        list[Annotated[list[FormCopyDocument], Field(min_length=1, max_length=COPIES_PER_FORM_MAX)]],
+        Field(min_length=1, max_length=FORMS_MAX, description="What slots that look alike share."),
+    ]
+    slots: Annotated[list[SlotDocument], Field(min_length=1, max_length=SLOTS_MAX)]
+
+
+class ConsumerRequest(PushTableDocument):
+    ttl_s: TtlS = Field(TTL_S_DEFAULT, description="It is forgotten that long after it was last registered or renewed.")
+
+
+class ConsumerDocument(Document):
+    id: str
+    node_id: str = Field(description="The node it is registered with, which plans its restores.")
+    session_id: str
+    manifest_digest: str
+    blocks: int = Field(description="Experts that have a slot.")
+    slots: int
+    ranges: int
+    bytes: int = Field(description="That a restore of all of it writes.")
+    ttl_s: float
+    registered_at: datetime
+    expires_in_s: float
+    error: str | None = Field(description="Why its memory could not be written last time.")
+
+
+class Consumers(Document):
+    consumers: list[ConsumerDocument]
+
+
+class WantedExpert(ExpertRef):
+    checksum: Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="That the block must have.")]
+
+
+class PushRequest(PushTableDocument):
+    blocks: Annotated[list[WantedExpert], Field(min_length=1, max_length=PUSH_BLOCKS_MAX)]
+    read_back: bool = False
+
+
+class PushedExpert(Document):
+    layer: int
+    expert: int
+    said: str = Field(description="The checksum that was verified; of a failed one, the reason.")
+
+
+class PushDocument(Document):
+    """What became of a push. With `consumer_error` nothing is known to be in place."""
+
+    pushed: list[PushedExpert]
+    failed: list[PushedExpert]
+    consumer_error: str | None

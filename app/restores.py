@@ -1,7 +1,7 @@
 """The restores of this node, and those it has asked other nodes to do: one store, one worker, bounded queues.
 
 A restore of another node is that node's: it is sent there, and asked for there whenever somebody asks here. Restores
-into this node's segment run one after the other, in a thread of their own.
+into this node's segment run one after the other, in a thread of their own, and so do those into consumers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
+from app.consumers import ConsumerStore
 from app.models import FailedExpert, RestoreDocument, RestoreRequest, RestoreTarget
 from app.node import Node
 from app.peers import PeerClient, PeerRefused, PeerUnreachable
 from app.problems import Conflict, NotFound, PeerFailed, TooManyRequests, Unavailable
+from app.pushes import ConsumerPush
 from shm.errors import HotspareError
 from shm.manifest import ExpertKey
 from transfer.progress import Progress, RestoreState
@@ -37,12 +40,13 @@ _log = logging.getLogger("hotspare.restores")
 
 @dataclass(slots=True)
 class LocalRestore:
-    """A restore into this node's own segment."""
+    """A restore that this node does: into its own segment, or with `push`, into a consumer's memory."""
 
     id: str
     node_id: str
     experts: tuple[ExpertKey, ...] | None
     kinds: Collection[SourceKind]
+    push: ConsumerPush | None = None
     progress: Progress = field(default_factory=Progress)
     finished: threading.Event = field(default_factory=threading.Event)
     _running: Restore | None = None
@@ -51,8 +55,9 @@ class LocalRestore:
         """Plan and run. What goes wrong is told in the record, never raised."""
         try:
             if not self.progress.state.is_final:
-                self._running = node.plan_restore(self.experts, self.kinds, self.progress)
-                node.run(self._running)
+                target = self.push or node
+                self._running = target.plan_restore(self.experts, self.kinds, self.progress)
+                target.run(self._running)
         except HotspareError as error:
             self.progress.finish(RestoreState.FAILED, str(error))
         except Exception as error:
@@ -70,9 +75,10 @@ class LocalRestore:
 
     def document(self) -> RestoreDocument:
         report = self.progress.report()
+        target = RestoreTarget(consumer_id=self.push.consumer.id) if self.push else RestoreTarget(node_id=self.node_id)
         return RestoreDocument(
             id=self.id,
-            target=RestoreTarget(node_id=self.node_id),
+            target=target,
             state=report.state,
             blocks_total=report.blocks_total,
             blocks_done=report.blocks_done,
@@ -138,32 +144,39 @@ AnyRestore = LocalRestore | RemoteRestore
 class RestoreStore:
     """Every restore that this node was asked for. Thread-safe."""
 
-    def __init__(self, node: Node, client: PeerClient) -> None:
+    def __init__(self, node: Node, client: PeerClient, consumers: ConsumerStore | None = None) -> None:
         self._node = node
         self._client = client
+        self._consumers = consumers or ConsumerStore()
         self._kept: OrderedDict[str, AnyRestore] = OrderedDict()
         self._by_key: dict[str, tuple[RestoreRequest, str]] = {}
         self._queue: queue.Queue[LocalRestore | None] = queue.Queue(QUEUED_MAX)
+        self._pushes: queue.Queue[LocalRestore | None] = queue.Queue(QUEUED_MAX)  # an engine waits for no filling node
         self._lock = threading.Lock()
         self._key_lock = threading.Lock()
-        self._worker = threading.Thread(target=self._work, name="hotspare-restore", daemon=True)
+        self._workers = {
+            name: threading.Thread(target=self._work, args=(waiting,), name=f"hotspare-{name}", daemon=True)
+            for name, waiting in (("restore", self._queue), ("push", self._pushes))
+        }
         self._stopped = False
 
     def start(self) -> None:
-        self._worker.start()
+        for worker in self._workers.values():
+            worker.start()
 
     def stop(self) -> None:
-        """Cancel what runs and what waits, and end the worker."""
+        """Cancel what runs and what waits, and end the workers."""
         self._stopped = True
         for restore in self.all():
             if isinstance(restore, LocalRestore):
                 restore.cancel()
-        if self._worker.is_alive():
-            self._queue.put(None)
-            self._worker.join()
+        for worker, waiting in zip(self._workers.values(), (self._queue, self._pushes), strict=True):
+            if worker.is_alive():
+                waiting.put(None)
+                worker.join()
 
-    def _work(self) -> None:
-        while (restore := self._queue.get()) is not None:
+    def _work(self, waiting: queue.Queue[LocalRestore | None]) -> None:
+        while (restore := waiting.get()) is not None:
             restore.run(self._node)
 
     # -- asking for one --------------------------------------------------------------------------------------
@@ -188,23 +201,51 @@ class RestoreStore:
         return restore.document(), True
 
     def _start(self, request: RestoreRequest, key: str | None) -> AnyRestore:
-        if request.target.node_id is None:
-            raise NotFound(f"no consumer {request.target.consumer_id!r} is registered here")
-        if request.target.node_id != self._node.settings.node_id:
-            return self._keep(self._send(request, request.target.node_id, key))
         experts = None if request.experts is None else tuple(ExpertKey(e.layer, e.expert) for e in request.experts)
         kinds = ALL_KINDS if request.sources is None else frozenset(map(SourceKind, request.sources))
+        if request.target.consumer_id is not None:
+            return self._start_push(request.target.consumer_id, experts, kinds, read_back=request.read_back)
+        assert request.target.node_id is not None
+        if request.target.node_id != self._node.settings.node_id:
+            return self._keep(self._send(request, request.target.node_id, key))
         return self.start_local(experts, kinds)
 
     def start_local(self, experts: tuple[ExpertKey, ...] | None, kinds: Collection[SourceKind]) -> LocalRestore:
         """Queue a restore into this node's segment. Raises what is wrong with it, or TooManyRequests."""
         if experts is not None and self._node.manifest is not None:  # else it will ask its peers for one first
             self._node.rows_of(experts)
+        return self._enqueue(self._queue, experts, kinds)
+
+    def _start_push(
+        self, consumer_id: str, experts: tuple[ExpertKey, ...] | None, kinds: Collection[SourceKind], *, read_back: bool
+    ) -> LocalRestore:
+        """Queue a restore into a consumer's memory. Raises what is wrong with it, or TooManyRequests."""
+        consumer = self._consumers.get(consumer_id)
+        hold = partial(self._consumers.hold, consumer)
+        push = ConsumerPush(self._node, self._client, consumer, hold, self.mend, read_back)
+        push.rows_of(experts)
+        return self._enqueue(self._pushes, experts, kinds, push)
+
+    def mend(self, experts: Sequence[ExpertKey]) -> None:
+        """Blocks of ours were found to be wrong: bring them back, when there is time for it."""
+        _log.error("%d blocks do not match their checksums, first %s: restoring them", len(experts), experts[0])
+        try:
+            self.start_local(tuple(experts), ALL_KINDS)
+        except HotspareError as error:
+            _log.error("they cannot be restored now: %s", error)
+
+    def _enqueue(
+        self,
+        waiting: queue.Queue[LocalRestore | None],
+        experts: tuple[ExpertKey, ...] | None,
+        kinds: Collection[SourceKind],
+        push: ConsumerPush | None = None,
+    ) -> LocalRestore:
         if self._stopped:
             raise Unavailable("the node is stopping")
-        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds)
+        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds, push)
         try:
-            self._queue.put_nowait(restore)
+            waiting.put_nowait(restore)
         except queue.Full:
             raise TooManyRequests(
                 f"{QUEUED_MAX} restores are waiting already: try again later", retry_after_s=RETRY_AFTER_S

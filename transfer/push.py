@@ -1,0 +1,331 @@
+"""Writing blocks into a consumer's memory, from ours: none of the consumer's code runs meanwhile.
+
+A block is verified at its source before it is sent. Bytes that arrive late, of a write that was given up, are of the
+same block for the same slot, so they do no harm there. Memory that such a write may still read must not change: that of
+published blocks does not, and a buffer is lost, and not used again, when a transfer with it timed out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from shm.checksum import checksum
+from shm.errors import BlockUnavailable, HotspareError
+from shm.manifest import TENSOR_ALIGNMENT, ExpertKey, Manifest
+from transfer.engine import Copy, TransferEngine
+from transfer.errors import TransferFailed
+from transfer.memory import view
+from transfer.plan import Batch, Limits, Piece, Want, split
+from transfer.push_table import PushTable
+from transfer.sources import DiskSource, SourceKind
+
+PUSH_NBYTES = 64 << 20  # of blocks in one push, unless one block is larger
+PUSH_BLOCKS_MAX = 1024
+PUSH_LANES = 2  # one push on the wire while the next is verified
+ITEM_NBYTES_MAX = 8 << 20  # TCP moves the items of a batch side by side
+FAILED_WRITES_MAX = 2  # with none in between that went well: then the consumer is given up
+BUFFERS_LOST_MAX = 8  # buffers that a stopped consumer may still reach, in the life of this process
+
+IN_SLOTS = 0
+"""The destination of a want's one piece: the consumer's slots, found by the want's row."""
+
+_lost: list[Any] = []
+_libc = ctypes.CDLL(None)
+_libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class WriteFailed(TransferFailed):
+    """The consumer's memory could not be written or read. Never `timed_out`: bytes that land late are the right ones.
+
+    With `is_unsettled`, the transfer may still be under way, and what it reads or writes here must be left alone.
+    """
+
+    def __init__(self, message: str, *, is_unsettled: bool = False) -> None:
+        super().__init__(message)
+        self.is_unsettled = is_unsettled
+
+
+class BlockMemory(Protocol):
+    """Published blocks in registered memory of ours: a `shm.segment.Segment` will do."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+    def published(self) -> Any: ...
+    def checksum(self, row: int) -> bytes: ...
+    def address(self, row: int) -> int: ...
+    def block(self, row: int) -> memoryview: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of the blocks of a push, by manifest row: the checksum that was verified, or why it was not sent."""
+
+    pushed: dict[int, bytes] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    is_corrupt: set[int] = field(default_factory=set)
+
+
+class Health:
+    """Whether a consumer's memory answers, as all sources of one restore see it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._reason = ""
+        self.answered = False
+
+    def note(self, error: WriteFailed | None) -> None:
+        """A push to it ended so."""
+        with self._lock:
+            if error is None:
+                self._failures, self.answered = 0, True
+            else:
+                self._failures += 1
+                self._reason = str(error)
+
+    def check(self) -> None:
+        """Raises WriteFailed once nothing more should be tried."""
+        if self._failures >= FAILED_WRITES_MAX:
+            raise WriteFailed(f"the consumer is given up: {self._reason}")
+
+    @property
+    def error(self) -> str | None:
+        """Why the consumer seems gone; None if anything was written to it, or nothing was tried."""
+        return self._reason if self._failures and not self.answered else None
+
+
+class Writer:
+    """Writes blocks to where a table says, and reads them back and compares them if `read_back`. Thread-safe."""
+
+    def __init__(self, engine: TransferEngine, table: PushTable, *, read_back: bool) -> None:
+        self.table = table
+        self._engine = engine
+        self._read_back = read_back
+
+    def write(self, blocks: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """Write blocks, given as (manifest row, address); returns why those differ that did when read back.
+
+        The blocks lie in registered memory. Raises WriteFailed; then any slot of them may be half-written.
+        """
+        copies = {row: _sliced(self.table.copies(row, address)) for row, address in blocks}
+        self._transfer(self._engine.write, [copy for each in copies.values() for copy in each], "write to")
+        if not self._read_back:
+            return {}
+        return {row: "it differs when read back" for row, each in copies.items() if not self._holds(each)}
+
+    def _holds(self, copies: Sequence[Copy]) -> bool:
+        """Whether the consumer's memory has what was written to it."""
+        for part in split(copies, Limits()):
+            with buffer(self._engine, sum(copy.nbytes for copy in part)) as address:
+                back, at = [], address
+                for copy in part:
+                    back.append(Copy(at, copy.destination, copy.nbytes))
+                    at += copy.nbytes
+                self._transfer(self._engine.read, back, "read of")
+                if any(
+                    _libc.memcmp(ours.source, read.destination, ours.nbytes)
+                    for ours, read in zip(part, back, strict=True)
+                ):
+                    return False
+        return True
+
+    def _transfer(self, verb: Any, copies: Sequence[Copy], what: str) -> None:
+        try:
+            for call in split(copies, Limits()):
+                verb(self.table.session_id, call)
+        except TransferFailed as error:
+            raise WriteFailed(
+                f"{what} {self.table.session_id} failed ({error}): is the process alive, its memory registered?",
+                is_unsettled=error.timed_out,
+            ) from error
+
+
+def _sliced(copies: Iterable[Copy]) -> list[Copy]:
+    return [
+        Copy(to + at, source + at, min(ITEM_NBYTES_MAX, nbytes - at))
+        for to, source, nbytes in copies
+        for at in range(0, nbytes, ITEM_NBYTES_MAX)
+    ]
+
+
+@contextmanager
+def buffer(engine: TransferEngine, nbytes: int) -> Iterator[int]:
+    """Registered memory of ours for a while: its address. Never used again if a transfer may still be under way."""
+    if len(_lost) >= BUFFERS_LOST_MAX:
+        raise TransferFailed(
+            f"{BUFFERS_LOST_MAX} buffers were lost to consumers that stopped answering: restart this node to go on"
+        )
+    memory = mmap.mmap(-1, nbytes)
+    piece = (int(np.frombuffer(memory, np.uint8).ctypes.data), nbytes)
+    engine.register([piece])
+    is_lost = False
+    try:
+        yield piece[0]
+    except WriteFailed as error:
+        is_lost = error.is_unsettled
+        raise
+    finally:
+        if is_lost:
+            _lost.append(memory)
+        else:
+            engine.unregister([piece])
+
+
+def push(memory: BlockMemory, writer: Writer, wanted: Mapping[int, bytes | None]) -> Outcome:
+    """Send published blocks: manifest row → the checksum it must have, None for the one on record here.
+
+    Blocks that are not published, or whose bytes are wrong, are not sent. Raises WriteFailed.
+    """
+    outcome = Outcome()
+    published = set(memory.published().tolist())
+    for row, expected in wanted.items():
+        reason = "it is not published here" if row not in published else _fault(memory, row, expected, outcome)
+        if reason is None:
+            outcome.pushed[row] = memory.checksum(row)
+        else:
+            outcome.failed[row] = reason
+    if outcome.pushed:
+        outcome.failed |= writer.write([(row, memory.address(row)) for row in outcome.pushed])
+        still = set(memory.published().tolist())
+        outcome.failed |= {row: "it was withdrawn while it was sent" for row in outcome.pushed if row not in still}
+    outcome.pushed = {row: taken for row, taken in outcome.pushed.items() if row not in outcome.failed}
+    return outcome
+
+
+def _fault(memory: BlockMemory, row: int, expected: bytes | None, outcome: Outcome) -> str | None:
+    recorded = memory.checksum(row)
+    if expected is not None and recorded != expected:
+        return f"it has checksum {recorded.hex()} on record, not {expected.hex()}: it is of other content"
+    if checksum(memory.block(row)) != recorded:
+        outcome.is_corrupt.add(row)
+        return "its bytes do not match its checksum at the source: restore that node to mend it"
+    return None
+
+
+# -- sources and destination of a restore into a consumer ------------------------------------------------------
+
+
+def want_of(row: int, nbytes: int, expected: bytes | None) -> Want:
+    """A block for the slots of a consumer."""
+    return Want(row, nbytes, (Piece(IN_SLOTS, 0, nbytes),), expected)
+
+
+@dataclass(slots=True)
+class PushJob:
+    """What the sources of one restore share. `hold` keeps the registration from being taken back during a push;
+    `report_corrupt` is told the experts whose bytes in our own memory are wrong."""
+
+    writer: Writer
+    health: Health = field(default_factory=Health)
+    reasons: dict[int, str] = field(default_factory=dict)
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext
+    report_corrupt: Callable[[Sequence[ExpertKey]], None] = lambda keys: None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around every push: refuses it if the consumer is gone, and notes if it is."""
+        self.health.check()
+        with self.hold():
+            try:
+                yield
+            except WriteFailed as error:
+                self.health.note(error)
+                raise
+
+    def settle(self, pushed: Mapping[int, bytes], failed: Mapping[int, str]) -> dict[int, bytes]:
+        """Note what a push came to; the checksums of what is in place."""
+        self.reasons.update(failed)
+        if pushed:
+            self.health.note(None)
+        return dict(pushed)
+
+
+class PushDestination:
+    """The consumer's slots as a restore sees them: what a source did not vouch for is not there."""
+
+    def __init__(self, job: PushJob) -> None:
+        self._job = job
+
+    def begin(self, want: Want) -> None:
+        """Nothing: the consumer learns from the report which slots are good."""
+
+    def checksum(self, want: Want) -> bytes:
+        raise BlockUnavailable(self._job.reasons.pop(want.row, "it was not sent"))
+
+    def publish(self, want: Want, checksum: bytes) -> None:
+        """Nothing: it is in place."""
+
+
+class MemoryPush:
+    """Blocks of our own segment."""
+
+    kind = SourceKind.LOCAL
+    limits = Limits(PUSH_BLOCKS_MAX, PUSH_NBYTES)
+    lanes = PUSH_LANES
+    writes = True
+
+    def __init__(self, name: str, memory: BlockMemory, job: PushJob) -> None:
+        self.name = name
+        self._memory = memory
+        self._job = job
+
+    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
+        with self._job.writing():
+            try:
+                outcome = push(self._memory, self._job.writer, {want.row: want.checksum for want in batch.wants})
+            except HotspareError:
+                raise
+            except Exception as error:  # the segment was renewed under us
+                raise TransferFailed(f"{type(error).__name__}: {error}") from error
+        if outcome.is_corrupt:
+            self._job.report_corrupt([self._memory.manifest.keys[row] for row in sorted(outcome.is_corrupt)])
+        return self._job.settle(outcome.pushed, outcome.failed)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class DiskPush:
+    """Blocks of the checkpoint, by way of a registered buffer."""
+
+    kind = SourceKind.DISK
+    limits = Limits(PUSH_BLOCKS_MAX, PUSH_NBYTES)
+    lanes = PUSH_LANES
+    writes = True
+
+    def __init__(self, name: str, disk: DiskSource, engine: TransferEngine, job: PushJob) -> None:
+        self.name = name
+        self._disk = disk
+        self._engine = engine
+        self._job = job
+
+    def position(self, row: int) -> int:
+        return self._disk.position(row)
+
+    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
+        spans = [-(-want.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT for want in batch.wants]
+        with self._job.writing(), buffer(self._engine, sum(spans)) as address:
+            good: dict[int, bytes] = {}
+            wrong: dict[int, str] = {}
+            blocks: list[tuple[int, int]] = []
+            for want, span in zip(batch.wants, spans, strict=True):
+                taken = self._disk.read_block(want.row, view(address, want.nbytes))
+                if want.checksum in (None, taken):
+                    good[want.row] = taken
+                    blocks.append((want.row, address))
+                else:
+                    wrong[want.row] = f"checksum {taken.hex()} on disk: its file has changed"
+                address += span
+            wrong |= self._job.writer.write(blocks) if blocks else {}
+        return self._job.settle({row: taken for row, taken in good.items() if row not in wrong}, wrong)
+
+    def close(self) -> None:
+        self._disk.close()
