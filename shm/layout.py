@@ -31,6 +31,7 @@ from shm.errors import (
     SegmentForeign,
     SegmentTooNew,
     SegmentTruncated,
+    SegmentUnsealed,
 )
 from shm.manifest import Manifest, check_name
 
@@ -134,6 +135,8 @@ class Header:
         where = f"{SHM_DIRECTORY}/{object_name}"
         if len(page) < HEADER_NBYTES:
             raise SegmentTruncated(f"{where} has {object_nbytes} bytes, less than a header: `hotspare rm` it")
+        if not any(page):  # reserved, and its owner stopped or killed before the header was written
+            raise SegmentUnsealed(f"{where} has no header yet: wait until its node is ready, then try again")
         if page[:8] != MAGIC:
             raise SegmentForeign(f"{where} is not a Hotspare segment: it does not begin with {MAGIC.decode()}")
         version = int.from_bytes(page[8:12], "little")
@@ -147,7 +150,10 @@ class Header:
             raise SegmentCorrupt(f"{where}: the header does not match its checksum: `hotspare rm` it, and refill")
         if state not in SegmentState._value2member_map_:
             raise SegmentCorrupt(f"{where}: unknown state {state}: `hotspare rm` it, and refill")
-        header = cls._from_page(page, SegmentState(state))
+        try:
+            header = cls._from_page(page, SegmentState(state))
+        except ValueError as error:
+            raise SegmentCorrupt(f"{where}: the header names nobody ({error}): `hotspare rm` it, and refill") from error
         if header.state is SegmentState.SEALED and object_nbytes < header.total_nbytes:
             raise SegmentTruncated(
                 f"{where} has {object_nbytes} bytes, its header says {header.total_nbytes}: `hotspare rm` it, refill"

@@ -143,7 +143,7 @@ class Segment:
         """The header of a sealed object of ours; None for one that its owner left half-made."""
         try:
             header = read_header(fd, name.object_name)
-        except (SegmentCorrupt, SegmentTruncated):
+        except (SegmentCorrupt, SegmentTruncated, SegmentUnsealed):
             return None
         if header.name != name:
             raise SegmentForeign(f"{SHM_DIRECTORY}/{name.object_name} is the segment of {header.name}, not of {name}")
