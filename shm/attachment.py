@@ -180,7 +180,7 @@ class Attachment(Mapping[str, "torch.Tensor"]):
     def rows(self) -> npt.NDArray[np.int64]:
         """Ascending manifest rows of the blocks published here."""
         self._check_open()
-        return np.flatnonzero(self._table["state"] == BlockState.PUBLISHED)
+        return np.flatnonzero((self._table["state"] == BlockState.PUBLISHED) & self._is_mapped(self._table))
 
     def experts(self) -> list[ExpertKey]:
         """The experts held here, ascending."""
@@ -190,7 +190,12 @@ class Attachment(Mapping[str, "torch.Tensor"]):
     def holds(self, row: int) -> bool:
         """Whether the block of this manifest row is published here."""
         self._check_open()
-        return bool(self._table["state"][row] == BlockState.PUBLISHED)
+        entry = self._table[row]
+        return bool(entry["state"] == BlockState.PUBLISHED and self._is_mapped(entry))
+
+    def _is_mapped(self, entries: Any) -> Any:
+        """Whether blocks lie within this mapping: those that the owner added behind it later do not."""
+        return entries["offset"] + entries["nbytes"] <= self._header.total_nbytes
 
     def __iter__(self) -> Iterator[str]:
         for row in self.rows().tolist():
@@ -216,6 +221,8 @@ class Attachment(Mapping[str, "torch.Tensor"]):
                 f"expert {expert} of layer {layer} is not published in {self.name}: it is placed on another node, or "
                 "being mended"
             )
+        if not self._is_mapped(entry):
+            raise BlockUnavailable(f"{self.name} has grown since it was attached to: attach again")
         return int(entry["offset"]), int(entry["nbytes"])
 
     def block(self, row: int) -> memoryview:

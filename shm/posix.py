@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 
 import posix_ipc
 
-from shm.errors import SegmentForbidden, SegmentNotFound, SharedMemoryFull
+from shm.errors import SegmentForbidden, SegmentForeign, SegmentNotFound, SharedMemoryFull
 from shm.layout import SHM_DIRECTORY
 
 OBJECT_MODE = 0o600  # weights are for the user who loaded them
@@ -32,15 +33,21 @@ def create_exclusive(object_name: str) -> int:
 
 
 def open_existing(object_name: str, *, read_only: bool) -> int:
-    """Open the object; raises SegmentNotFound or SegmentForbidden."""
+    """Open the object; raises SegmentNotFound, SegmentForbidden, or SegmentForeign for what is no plain file."""
     try:
-        return int(posix_ipc.SharedMemory("/" + object_name, 0, read_only=read_only).fd)
+        fd = int(posix_ipc.SharedMemory("/" + object_name, 0, read_only=read_only).fd)
     except posix_ipc.ExistentialError as error:
         raise SegmentNotFound(f"there is no {SHM_DIRECTORY}/{object_name}: `hotspare ls` lists what is") from error
     except posix_ipc.PermissionsError as error:
         raise SegmentForbidden(
             f"{SHM_DIRECTORY}/{object_name} belongs to another user: run as the user who runs `hotspare serve`"
         ) from error
+    except (OSError, ValueError) as error:  # a link, or a directory opened for writing
+        raise SegmentForeign(f"{SHM_DIRECTORY}/{object_name} is not a Hotspare segment: {error}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SegmentForeign(f"{SHM_DIRECTORY}/{object_name} is not a Hotspare segment: no plain file")
+    return fd
 
 
 def unlink(object_name: str) -> None:
@@ -87,8 +94,8 @@ def still_named(fd: int, object_name: str) -> bool:
 
 def free_nbytes() -> int:
     """Bytes that /dev/shm still takes."""
-    stat = os.statvfs(SHM_DIRECTORY)
-    return stat.f_bavail * stat.f_frsize
+    there = os.statvfs(SHM_DIRECTORY)
+    return there.f_bavail * there.f_frsize
 
 
 def reserve(fd: int, start: int, end: int) -> None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from shm import posix
 from shm.errors import (
     BlockUnavailable,
+    ManifestError,
     SegmentBusy,
     SegmentCorrupt,
     SegmentError,
@@ -114,7 +115,11 @@ class Segment:
             posix.unlink(name.object_name)
             return None
         segment = cls(name, fd, replace(header, owner_pid=os.getpid()))
-        segment._open_content()
+        try:
+            segment._open_content()
+        except ManifestError:  # the header's checksum is right, the manifest's is not: nobody can attach to it either
+            posix.unlink(name.object_name)
+            return None
         segment._write_header()
         return segment
 
@@ -122,7 +127,11 @@ class Segment:
     def _start(cls, name: SegmentName, fd: int) -> Segment:
         now = time.time_ns()
         segment = cls(name, fd, Header(name, SegmentState.CLAIMED, now, os.getpid(), now, 0))
-        posix.reserve(fd, 0, HEADER_NBYTES)
+        try:
+            posix.reserve(fd, 0, HEADER_NBYTES)
+        except BaseException:
+            posix.unlink(name.object_name)
+            raise
         segment._write_header()
         return segment
 
@@ -183,11 +192,13 @@ class Segment:
         placed, offsets, end = place_blocks(self.manifest, missing, start)
         posix.reserve(self._fd, start, end)
         self._map_extent(start, end)
+        # The header first: who adopts this after a crash in between finds space unused, and no entry that points
+        # past the end.
+        self._header = replace(self._header, data_nbytes=end - self._header.data_offset, total_nbytes=end)
+        self._write_header()
         self._table["offset"][placed] = offsets
         self._table["nbytes"][placed] = self.manifest.nbytes[placed]
         self._table["state"][placed] = BlockState.RESERVED
-        self._header = replace(self._header, data_nbytes=end - self._header.data_offset, total_nbytes=end)
-        self._write_header()
 
     def renew(self) -> Segment:
         """Give this object up, name and all, and claim an empty one. Readers keep what they have mapped."""
