@@ -26,6 +26,8 @@ from app.units import duration, size
 from shm.errors import HotspareError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from app.context import Context
 
 BACKLOG = 1024
@@ -41,8 +43,33 @@ class ListenFailed(HotspareError):
     """The control plane's address cannot be listened on."""
 
 
-class Stopped(BaseException):
-    """A signal asked the process to stop. Not an Exception: nothing on the way may take it for a failure."""
+class Stopper:
+    """Notes a signal that asks the process to stop. It never raises: that could break an import or a claim half-way.
+
+    A node that is being opened stops as soon as it is open.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._server: uvicorn.Server | None = None
+        for number in STOPPING_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._server is not None:
+            self._server.should_exit = True
+
+    def watch(self, server: uvicorn.Server) -> None:
+        """Stop this server too, at once if the signal has come already."""
+        self._server = server
+        if self._asked:
+            server.should_exit = True
+
+    def ignore(self) -> None:
+        """It is stopping: asking again must not leave it half done."""
+        for number in STOPPING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def bind(address: Address) -> socket.socket:
@@ -96,10 +123,6 @@ def silence_native_output() -> Iterator[None]:
         os.close(kept)
 
 
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    raise Stopped
-
-
 def _import_server() -> None:
 
     import app.main  # noqa: F401
@@ -120,27 +143,25 @@ def open_context(settings: Settings, *, debug: bool) -> Context:
 def run(settings: Settings, log_level: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises what keeps the node from starting, and leaves nothing then."""
     started_s = time.monotonic()
+    stopper = Stopper()
     listener = bind(settings.address)
     configure_logging(log_level)
-    for number in STOPPING_SIGNALS:
-        signal.signal(number, _on_signal)
+    debug = log_level == "debug"
     try:
-        context = open_context(settings, debug=log_level == "debug")
+        context = open_context(settings, debug=debug)
         try:
             _announce(settings, listener, context)
             threading.Thread(target=_announce_ready, args=(context, started_s), name="ready", daemon=True).start()
-            _serve(settings, listener, context, debug=log_level == "debug")
+            _serve(settings, listener, context, stopper, debug=debug)
         finally:
-            for number in STOPPING_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # it is stopping: asking again must not leave it half done
-            context.stop()  # again, if it had begun to serve: harmless, and needed if a signal came before
-    except Stopped:
-        typer.echo(f"{settings.node_id} stopped")
+            stopper.ignore()
+            context.stop()  # a second time, if it served: harmless, and needed where it did not
     finally:
         listener.close()
+    typer.echo(f"{settings.node_id} stopped")
 
 
-def _serve(settings: Settings, listener: socket.socket, context: Context, *, debug: bool) -> None:
+def _serve(settings: Settings, listener: socket.socket, context: Context, stopper: Stopper, *, debug: bool) -> None:
     import uvicorn
 
     from app.main import create_app
@@ -154,7 +175,9 @@ def _serve(settings: Settings, listener: socket.socket, context: Context, *, deb
         access_log=debug,
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    server = uvicorn.Server(config)
+    stopper.watch(server)
+    server.run(sockets=[listener])
 
 
 def _announce(settings: Settings, listener: socket.socket, context: Context) -> None:

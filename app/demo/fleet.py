@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import app
+from app.demo.interruption import Interruption
 from app.peers import PeerClient, PeerRefused, PeerUnreachable
 from shm.errors import HotspareError
 from shm.inventory import remove
@@ -60,12 +61,15 @@ def free_ports(count: int) -> list[int]:
 class NodeProcess:
     """One node: started, killed and started again under the same name and address."""
 
-    def __init__(self, node_id: str, port: int, command: Sequence[str], log: Path, client: PeerClient) -> None:
+    def __init__(
+        self, node_id: str, port: int, command: Sequence[str], log: Path, client: PeerClient, interruption: Interruption
+    ) -> None:
         self.node_id = node_id
         self.url = f"http://127.0.0.1:{port}"
         self._command = [*command, "--node-id", node_id, "--listen", f"127.0.0.1:{port}"]
         self._log = log
         self._client = client
+        self._interruption = interruption
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -93,15 +97,18 @@ class NodeProcess:
             self._process.kill()
             self._process.wait()
 
-    def stop(self) -> None:
-        """SIGTERM; SIGKILL if that takes too long."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
+    def ask_to_stop(self) -> None:
+        """SIGTERM."""
+        if self._process is not None:
+            self._process.terminate()
+
+    def wait_until_stopped(self) -> None:
+        """Wait for it; SIGKILL if that takes too long."""
+        if self._process is not None:
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
 
     def get(self, path: str) -> dict[str, Any]:
         document: dict[str, Any] = self._client.request("GET", self.url + path, timeout=ANSWER_TIMEOUT_S).json()
@@ -116,6 +123,7 @@ class NodeProcess:
         """Ask until it is so. Raises DemoFailed with the node's last words if it ends first, or never gets there."""
         deadline = time.monotonic() + timeout_s
         while not self._holds(condition):
+            self._interruption.check()
             if self._process is None or self._process.poll() is not None:
                 raise DemoFailed(f"{self.node_id} ended before it was {what}; its last words:\n{self.last_words()}")
             if time.monotonic() > deadline:
@@ -149,13 +157,13 @@ class Fleet:
 
     NODE_IDS = ("node-a", "node-b", "node-c")
 
-    def __init__(self, namespace: str, checkpoint: Path, logs: Path) -> None:
+    def __init__(self, namespace: str, checkpoint: Path, logs: Path, interruption: Interruption) -> None:
         self.namespace = namespace
         self._client = PeerClient()
         command = [sys.executable, "-m", "app.cli", "serve", "--model", MODEL, "--checkpoint", str(checkpoint)]
         command += ["--namespace", namespace, "--replicas", str(REPLICAS)]
         self.nodes = {
-            node_id: NodeProcess(node_id, port, command, logs / f"{node_id}.log", self._client)
+            node_id: NodeProcess(node_id, port, command, logs / f"{node_id}.log", self._client, interruption)
             for node_id, port in zip(self.NODE_IDS, free_ports(len(self.NODE_IDS)), strict=True)
         }
 
@@ -188,8 +196,7 @@ class Fleet:
     def stop(self) -> None:
         """Stop every node, all at the same time."""
         for node in self.nodes.values():
-            if node._process is not None:
-                node._process.terminate()
+            node.ask_to_stop()
         for node in self.nodes.values():
-            node.stop()
+            node.wait_until_stopped()
         self._client.close()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from app.demo.interruption import Interruption
 from app.units import duration, rate, size
 
 if TYPE_CHECKING:
@@ -40,13 +41,15 @@ class Act:
 class Stage:
     """Shows acts as they end."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, interruption: Interruption) -> None:
         self.console = console
+        self._interruption = interruption
         self.acts: list[Act] = []
 
     @contextmanager
     def act(self, what: str, *, spin: bool = True) -> Iterator[Act]:
         """Time what is done inside; it may change what the act says. With `spin` False it draws a bar of its own."""
+        self._interruption.check()
         made = Act(what)
         started = time.monotonic()
         if spin and self.console.is_terminal:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
@@ -12,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import orjson
 
 from app.demo import page_cache
-from app.demo.fleet import FILL_TIMEOUT_S, MODEL, REPLICAS, DemoFailed, Fleet, die_with_parent, environment
+from app.demo.fleet import MODEL, REPLICAS, DemoFailed, Fleet, die_with_parent, environment
+from app.demo.interruption import Interrupted, Interruption
 from app.demo.stage import Act, Stage
 from app.restore_bar import bar, came_from, seconds_of, watch
 from app.units import rate, size
@@ -36,12 +35,8 @@ FILES_MIN = 4  # a real checkpoint has several
 LOST_NODE = "node-b"
 ASKED_NODE = "node-a"  # the restore of one node is asked of another
 JANITOR_TIMEOUT_S = 30.0
-STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+POLL_S = 0.05
 DIFFERENCES_SHOWN = 5
-
-
-class Interrupted(BaseException):
-    """A signal asked the demo to stop. Not an Exception: it is no failure of a step."""
 
 
 def checkpoint_shape(nbytes: int) -> dict[str, Any]:
@@ -58,23 +53,6 @@ def checkpoint_shape(nbytes: int) -> dict[str, Any]:
         "layers": LAYERS, "experts": experts, "scale": scale,
         "file_nbytes": min(FILE_NBYTES, total(scale, experts) // FILES_MIN),
     }  # fmt: skip
-
-
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    for each in STOPPING_SIGNALS:
-        signal.signal(each, signal.SIG_IGN)  # it is cleaning up now: asking again must not leave it half done
-    raise Interrupted
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let the first stopping signal end the block, and no other disturb what it does at its end."""
-    before = {number: signal.signal(number, _on_signal) for number in STOPPING_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -97,8 +75,8 @@ def workplace(namespace: str) -> Iterator[Path]:
 
 
 @contextmanager
-def fleet_of(namespace: str, checkpoint: Path, logs: Path) -> Iterator[Fleet]:
-    fleet = Fleet(namespace, checkpoint, logs)
+def fleet_of(namespace: str, checkpoint: Path, logs: Path, interruption: Interruption) -> Iterator[Fleet]:
+    fleet = Fleet(namespace, checkpoint, logs, interruption)
     try:
         yield fleet
     finally:
@@ -114,26 +92,26 @@ def run(nbytes: int, *, as_json: bool) -> bool:
     console = Console(stderr=True, highlight=False) if as_json else stdout()
     namespace = f"demo-{os.getpid()}"
     try:
-        with interruptible(), workplace(namespace) as directory:
+        with Interruption() as interruption, workplace(namespace) as directory:
             checkpoint, logs = directory / "checkpoint", directory / "logs"
             logs.mkdir()
-            with fleet_of(namespace, checkpoint, logs) as fleet:
-                story = Story(Stage(console), fleet, checkpoint)
+            with fleet_of(namespace, checkpoint, logs, interruption) as fleet:
+                story = Story(Stage(console, interruption), fleet, checkpoint, interruption)
                 story.tell(nbytes)
     except Interrupted:
         console.print("interrupted: the nodes are stopped, their segments and the checkpoint are removed")
         return False
+    story.show()
     if as_json:
         write_json(story.facts())
-    else:
-        story.show()
     return story.ok
 
 
 class Story:
     """The steps, in order, and what came of them."""
 
-    def __init__(self, stage: Stage, fleet: Fleet, checkpoint: Path) -> None:
+    def __init__(self, stage: Stage, fleet: Fleet, checkpoint: Path, interruption: Interruption) -> None:
+        self.interruption = interruption
         self.stage = stage
         self.fleet = fleet
         self.checkpoint = checkpoint
@@ -164,7 +142,8 @@ class Story:
         shape = checkpoint_shape(nbytes)
         self._check_space(plan_checkpoint(FAMILY, **shape))
         with self.stage.act("write a checkpoint like DeepSeek-V3's") as act:
-            self.plan = write_checkpoint(self.checkpoint, FAMILY, **shape)
+            with self.interruption.at_once():
+                self.plan = write_checkpoint(self.checkpoint, FAMILY, **shape)
             tensors = sum(len(file.tensors) for file in self.plan.files)
             act.note = f"{size(self.plan.nbytes)}, {tensors} tensors in {len(self.plan.files)} files"
 
@@ -200,21 +179,33 @@ class Story:
 
     def _compare(self) -> dict[str, Any]:
         command = [sys.executable, "-m", "app.demo.comparison", str(self.checkpoint), MODEL, self.fleet.namespace]
-        done = subprocess.run(
+        with subprocess.Popen(
             [*command, *self.fleet.nodes],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             cwd=self.checkpoint,
             env=environment(),
-            timeout=FILL_TIMEOUT_S,
-            check=False,
             start_new_session=True,
             preexec_fn=die_with_parent,
-        )
-        if done.returncode:
-            raise DemoFailed(f"the comparison failed:\n{done.stderr.decode(errors='replace')}")
-        found: dict[str, Any] = orjson.loads(done.stdout)
+        ) as process:
+            try:
+                out, err = self._outcome(process)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            raise DemoFailed(f"the comparison failed:\n{err.decode(errors='replace')}")
+        found: dict[str, Any] = orjson.loads(out)
         return found
+
+    def _outcome(self, process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+        while True:
+            self.interruption.check()
+            try:
+                return process.communicate(timeout=POLL_S)
+            except subprocess.TimeoutExpired:
+                continue
 
     def lose_node(self) -> None:
         with self.stage.act(f"{LOST_NODE} killed (SIGKILL), its segment removed, started again empty") as act:
@@ -233,7 +224,12 @@ class Story:
         with self.stage.act(what, spin=False) as act, bar(self.stage.console, what) as show:
             body = {"target": {"node_id": LOST_NODE}, "sources": [source]}
             started = asked.post("/v1/restores", body)
-            ended = watch(lambda: asked.get(f"/v1/restores/{started['id']}"), show)
+
+            def fetch() -> Mapping[str, Any]:
+                self.interruption.check()
+                return asked.get(f"/v1/restores/{started['id']}")
+
+            ended = watch(fetch, show)
             if ended["state"] != "succeeded":
                 raise DemoFailed(f"the restore of {LOST_NODE} {ended['state']}: {ended['error']}")
             lost.wait_until_ready()
@@ -276,6 +272,3 @@ class Story:
             "acts": [asdict(act) | {"gb_per_s": act.gb_per_s} for act in self.stage.acts],
             "comparisons": self.comparisons,
         }
-
-
-__all__ = ["Interrupted", "Story", "checkpoint_shape", "run"]
