@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,12 +19,12 @@ import httpx
 import orjson
 
 from shm.attachment import Attachment
-from shm.errors import BlockUnavailable, HotspareError, InvalidInput, SegmentError
+from shm.errors import BlockUnavailable, HotspareError, InvalidInput
 from shm.manifest import ExpertKey, Manifest
-from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.engine_lease import EngineLease
 from transfer.errors import EngineError
 from transfer.ladder import Ladder, Mapped, Replica
+from transfer.last_resort import LastResort
 from transfer.local_segment import LocalSegment
 from transfer.slot_memory import CPU, BoundSlots, check_not_moved, device_of
 from transfer.slot_report import FailedExpert, Progress, SlotReport, Tally
@@ -35,7 +36,7 @@ DOCUMENT_TIMEOUT_S = 30.0  # a manifest or shard map of a large model
 DOCUMENT_NBYTES_MAX = 1 << 30
 URLS_MAX = 1024  # nodes remembered
 PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
-NAMELESS = "model"  # in the manifest of a checkpoint that nobody named
+ASK_THREADS_MAX = 16
 URLS_ASKED_MAX = 8  # for where blocks are, in one pass
 
 _log = logging.getLogger("hotspare.restorer")
@@ -53,6 +54,7 @@ class ControlPlane:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidInput(f"{url!r} is not a node's URL: write http://HOST:PORT")
         self.urls = [url.rstrip("/")]
+        self._by_node: dict[str, str] = {}
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(ASK_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
@@ -70,8 +72,30 @@ class ControlPlane:
         """Remember the nodes that this one knows. Raises NodeUnreachable."""
         for node in self._get(f"{url}/v1/nodes").get("nodes", ()):
             peer = str(node.get("url", "")).rstrip("/")
-            if peer and not node.get("self") and peer not in self.urls and len(self.urls) < URLS_MAX:
+            if not peer or node.get("self") or len(self.urls) >= URLS_MAX:
+                continue
+            self._by_node[str(node.get("node_id"))] = peer
+            if peer not in self.urls:
                 self.urls.append(peer)
+
+    def silent(self, node_ids: Iterable[str]) -> set[str]:
+        """Those of the nodes that are known not to answer now: asking takes ASK_TIMEOUT_S at most, all at once.
+
+        The transfer engine would wait a minute for the first word of a process that is stopped.
+        """
+        asked = sorted(node_ids)
+        with ThreadPoolExecutor(ASK_THREADS_MAX, thread_name_prefix="hotspare-ask") as pool:
+            return {node for node, silent in zip(asked, pool.map(self._is_silent, asked), strict=True) if silent}
+
+    def _is_silent(self, node_id: str) -> bool:
+        url = self._by_node.get(node_id)
+        if url is None:  # nobody said where it is
+            return False
+        try:
+            self.node(url)
+        except NodeUnreachable:
+            return True
+        return False
 
     def manifest(self, url: str) -> Manifest:
         """A node's manifest, checked against its digest. Raises NodeUnreachable or ManifestError."""
@@ -148,8 +172,7 @@ class Restorer:
         """
         self._control = ControlPlane(url, token)
         self._model, self._namespace, self._node = model, namespace, node
-        self._directory = None if checkpoint is None else Path(checkpoint)
-        self._checkpoint: Checkpoint | None = None
+        self._disk = LastResort(checkpoint)
         self._lease = EngineLease(engine, engine_host, transport, url)
         self._straight = straight
         self._segment = LocalSegment()
@@ -293,7 +316,7 @@ class Restorer:
                 break
             found = self._locate(bound.manifest, ladder.missing, held, tally)
             self._open_engine(tally)
-            checkpoint = self._open_checkpoint(bound.manifest, tally) if attempt == 0 else None
+            checkpoint = tally.attempt(self._disk.of, bound.manifest) if attempt == 0 else None
             is_straight = self._is_straight and self._lease.has_registered
             if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
                 break
@@ -325,10 +348,7 @@ class Restorer:
         if self._bound is None:
             self._bound = BoundSlots(self._slots, manifest)
         if attachment is not None and self._bound.device != CPU:
-            try:
-                attachment.pin()
-            except SegmentError as error:
-                tally.note(f"copying by way of host buffers: {error}")
+            tally.attempt(attachment.pin)
         return self._bound
 
     def _ask_node(self, tally: Tally) -> None:
@@ -352,36 +372,14 @@ class Restorer:
         if self._model is None:
             tally.note("no segment was looked for: the node never answered, and no model was named")
             return None
-        try:
-            return self._segment.open(self._model, self._namespace, self._node)
-        except HotspareError as error:
-            tally.note(str(error))
-            return None
+        return tally.attempt(self._segment.open, self._model, self._namespace, self._node)
 
     def _fetch_manifest(self, tally: Tally) -> Manifest | None:
         for url in self._control.urls[:URLS_ASKED_MAX]:
-            try:
-                return self._control.manifest(url)
-            except HotspareError as error:
-                tally.note(str(error))
-        checkpoint = self._open_checkpoint(None, tally)
+            if (manifest := tally.attempt(self._control.manifest, url)) is not None:
+                return manifest
+        checkpoint = tally.attempt(self._disk.named, self._model)
         return None if checkpoint is None else checkpoint.manifest
-
-    def _open_checkpoint(self, manifest: Manifest | None, tally: Tally) -> Checkpoint | None:
-        """The directory of last resort; None where it cannot be read, or is of another model than `manifest`."""
-        if self._directory is None:
-            return None
-        try:
-            name, include = (manifest.model, manifest.include) if manifest else (self._model or NAMELESS, "experts")
-            if self._checkpoint is None or self._checkpoint.manifest.model != name:
-                self._checkpoint = read_checkpoint(self._directory, name, "all" if include == "all" else "experts")
-        except HotspareError as error:
-            tally.note(str(error))
-            return None
-        if manifest is not None and self._checkpoint.manifest != manifest:
-            tally.note(f"{self._directory} is not the checkpoint that the nodes keep: nothing is read from it")
-            return None
-        return self._checkpoint
 
     def _locate(
         self, manifest: Manifest, rows: Collection[int], bad: Collection[int], tally: Tally
@@ -389,7 +387,7 @@ class Restorer:
         """Who has these rows: nodes are asked until every row is found. Our own node has no say in `bad` ones, which
         were wrong in the memory that it serves from."""
         found: dict[int, Mapped] = {}
-        silent: set[str | None] = set()
+        unheard: set[str] = set()
         for number in range(URLS_ASKED_MAX):
             if number == len(self._control.urls) or all(row in found for row in rows):
                 break
@@ -401,6 +399,9 @@ class Restorer:
                     found.setdefault(row, mapped)
             except HotspareError as error:
                 tally.note(str(error))
-                if number == 0:
-                    silent.add(self._node)
-        return {row: mapped.without(silent | {self._node} if row in bad else silent) for row, mapped in found.items()}
+                if number == 0 and self._node is not None:
+                    unheard.add(self._node)
+        named = {replica.node_id for row in rows if row in found for replica in found[row].replicas}
+        unheard |= self._control.silent(named - unheard)
+        own = {self._node} if self._node is not None else set()
+        return {row: found[row].without(unheard | own if row in bad else unheard) for row in rows if row in found}

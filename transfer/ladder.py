@@ -35,7 +35,7 @@ class Mapped(NamedTuple):
     checksum: bytes
     replicas: tuple[Replica, ...]
 
-    def without(self, node_ids: Collection[str | None]) -> Mapped:
+    def without(self, node_ids: Collection[str]) -> Mapped:
         """The same, with these nodes left out."""
         return self._replace(replicas=tuple(r for r in self.replicas if r.node_id not in node_ids))
 

@@ -8,7 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
+from shm.errors import HotspareError
 from shm.manifest import ExpertKey
 from transfer.progress import Report
 from transfer.slots import SlotRef
@@ -16,6 +18,9 @@ from transfer.sources import SourceKind
 
 PROGRESS_INTERVAL_S = 0.05  # between two calls of a progress callback
 NOTES_MAX = 100
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _log = logging.getLogger("hotspare.restorer")
 
@@ -69,6 +74,14 @@ class Tally:
     def note(self, what: str) -> None:
         if what not in self.notes and len(self.notes) < NOTES_MAX:
             self.notes.append(what)
+
+    def attempt(self, do: Callable[P, R], *args: P.args, **named: P.kwargs) -> R | None:
+        """What `do` returns; None, and a note, where it raises a HotspareError."""
+        try:
+            return do(*args, **named)
+        except HotspareError as error:
+            self.note(str(error))
+            return None
 
     def expect(self, experts: int, nbytes: int) -> None:
         """How much there is to do."""

@@ -139,9 +139,9 @@ class Cluster:
         self.processes = [self._spawn(number) for number in range(count)]
         try:
             for number in range(count):
-                self._wait(number, "/readyz")
+                self.wait(number, "/readyz")
             for number in range(count):
-                self._wait(
+                self.wait(
                     number,
                     "/v1/coverage",
                     lambda d: d["total"]["by_replicas"].get(str(replicas)) == d["total"]["blocks"],
@@ -155,7 +155,7 @@ class Cluster:
             command = [sys.executable, "-m", "app.cli", "serve", *self._arguments[number]]
             return subprocess.Popen(command, stdout=log, stderr=log)
 
-    def _wait(self, number: int, path: str, holds: Callable[[Any], bool] = lambda _: True) -> None:
+    def wait(self, number: int, path: str, holds: Callable[[Any], bool] = lambda _: True) -> None:
         deadline = time.monotonic() + 40
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), urllib.request.urlopen(self.urls[number] + path, timeout=5) as answer:
@@ -178,7 +178,7 @@ class Cluster:
 
     def start_again(self, number: int) -> None:
         self.processes[number] = self._spawn(number)
-        self._wait(number, "/readyz")
+        self.wait(number, "/readyz")
 
     def close(self) -> None:
         for process in self.processes:

@@ -1,4 +1,4 @@
-"""The whole story with real models and real nodes: noise over the experts, a restore, and the same logits to the bit."""
+"""Real models, real nodes: noise over the experts, a restore, and the same logits to the bit."""
 
 from collections.abc import Callable
 from pathlib import Path

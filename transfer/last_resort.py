@@ -1,0 +1,46 @@
+"""The checkpoint directory as an engine may have it: the source of last resort, and perhaps not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shm.errors import HotspareError
+from shm.manifest import Manifest
+from transfer.checkpoint import Checkpoint, read_checkpoint
+from transfer.errors import CheckpointError
+
+NAMELESS = "model"  # in the manifest of a checkpoint that nobody named
+
+
+class LastResort:
+    """Reads the directory's headers when they are first needed. Not thread-safe."""
+
+    def __init__(self, directory: Path | str | None) -> None:
+        self._directory = None if directory is None else Path(directory)
+        self._checkpoint: Checkpoint | None = None
+
+    def named(self, model: str | None) -> Checkpoint | None:
+        """The checkpoint, its experts only; None without a directory. Raises CheckpointError."""
+        return self._read(model or NAMELESS, "experts")
+
+    def of(self, manifest: Manifest) -> Checkpoint | None:
+        """The checkpoint, if it is the one of `manifest`; None without a directory. Raises CheckpointError."""
+        checkpoint = self._read(manifest.model, manifest.include)
+        if checkpoint is not None and checkpoint.manifest != manifest:
+            raise CheckpointError(
+                f"{self._directory} is not the checkpoint that the nodes keep: give that one, for nothing is read from "
+                "another"
+            )
+        return checkpoint
+
+    def _read(self, model: str, include: str) -> Checkpoint | None:
+        if self._directory is None:
+            return None
+        held = self._checkpoint
+        if held is None or (held.manifest.model, held.manifest.include) != (model, include):
+            try:
+                held = read_checkpoint(self._directory, model, "all" if include == "all" else "experts")
+            except HotspareError as error:
+                raise CheckpointError(f"the disk cannot serve: {error}") from error
+            self._checkpoint = held
+        return held
