@@ -81,7 +81,7 @@ def bare_ranges(made: Bench, checkpoint: Checkpoint) -> tuple[int, list[tuple[in
 def read_bare(made: Bench, checkpoint: Checkpoint, nbytes: int, ranges: list[tuple[int, int, int, int]]) -> float:
     """Seconds to read the ranges into a new mapping, and nothing else."""
     name = made.name("bare").object_name
-    files = {file: os.open(checkpoint.path(file), os.O_RDONLY) for file, *_ in ranges}
+    files = {file: os.open(checkpoint.path(file), os.O_RDONLY) for file in {each[0] for each in ranges}}
     queue = deque(ranges)
     started = time.perf_counter()
     fd = posix.create_exclusive(name)

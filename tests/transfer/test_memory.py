@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 
-from transfer.memory import gather, scatter, view
+from transfer.memory import gather, populate, scatter, view
 from transfer.plan import Piece
 
 
@@ -37,3 +39,26 @@ def test_a_block_is_scattered_to_its_pieces_and_nowhere_else() -> None:
     expected[20:23] = [1, 2, 3]
     expected[1:6] = [6, 7, 8, 9, 10]
     assert (array == expected).all()
+
+
+def resident_kib(address: int) -> int:
+    """Of the mapping that starts there, in this process."""
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            if line.startswith(f"{address:x}-"):
+                return int(next(each for each in smaps if each.startswith("Rss:")).split()[1])
+    raise AssertionError("no such mapping")
+
+
+def test_populating_maps_every_page_that_is_touched_and_changes_no_byte() -> None:
+    nbytes = 7 * mmap.PAGESIZE
+    with mmap.mmap(-1, nbytes) as mapping:
+        address = int(np.frombuffer(mapping, np.uint8).ctypes.data)
+        whole = view(address, nbytes)
+        whole[mmap.PAGESIZE + 5] = 77
+        expected = bytes(whole[: 2 * mmap.PAGESIZE])
+        assert resident_kib(address) * 1024 <= 2 * mmap.PAGESIZE
+        populate(whole[mmap.PAGESIZE + 3 : 4 * mmap.PAGESIZE + 1])
+        assert resident_kib(address) * 1024 >= 4 * mmap.PAGESIZE
+        assert bytes(whole[: 2 * mmap.PAGESIZE]) == expected
+        populate(whole[:0])
