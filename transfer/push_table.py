@@ -167,7 +167,8 @@ def consumer_document(slots: Slots, manifest: Manifest, session_id: str, ttl_s: 
     `session_id` is that engine's. Raises SlotMismatch where the slots do not take plain copies of the blocks.
     """
     plan = slots.plan(manifest)
-    copies = plan.table(plan.keys)
+    keys = plan.keys
+    copies = plan.table(keys)
     forms: dict[tuple[tuple[int, ...], ...], int] = {}
     made: list[dict[str, Any]] = []
     groups: dict[tuple[int, int], list[tuple[int, ...]]] = defaultdict(list)
@@ -176,9 +177,7 @@ def consumer_document(slots: Slots, manifest: Manifest, session_id: str, ttl_s: 
     for (key, _), group in groups.items():
         bases, form = _relative(group)
         number = forms.setdefault(form, len(forms))
-        made.append(
-            {"layer": plan.keys[key].layer, "expert": plan.keys[key].expert, "form": number, "bases": list(bases)}
-        )
+        made.append({**keys[key]._asdict(), "form": number, "bases": list(bases)})
     return {
         "session_id": session_id,
         "manifest_digest": manifest.digest,
