@@ -23,12 +23,16 @@ def stdout() -> Console:
 
 
 def table(title: str | None, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    """A plain table; a column whose name ends with `>` is flush right."""
+    """A plain table; a column whose name ends with `>` is flush right. Without any name there is no head."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    columns = list(columns)
+    made = Table(
+        title=title, title_justify="left", title_style="bold",
+        box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns),
+    )  # fmt: skip
     for column in columns:
         made.add_column(column.removesuffix(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     for row in rows:

@@ -59,7 +59,7 @@ def _get(asking: PeerClient, url: str, path: str) -> dict[str, Any] | None:
 def _tables(document: Mapping[str, Any]) -> Iterator[Table]:
     from app.console import table
 
-    yield table(None, ("node", ""), _node_rows(document))
+    yield table("Node", ("", ""), _node_rows(document))
     rows = (
         (n["node_id"] + (" (this one)" if n["self"] else ""), n["url"], n["state"], n["node_state"] or "-",
          n["conflict"] or n["error"] or "")

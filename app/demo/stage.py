@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from app.demo.interruption import Interruption
-from app.units import duration, rate, size
+from app.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +66,7 @@ class Stage:
         """Every act that brought blocks back."""
         from app.console import table
 
-        columns = ("what was done", "blocks>", "local>", "peers>", "disk>", "time>", "speed>", "then compared")
+        columns = ("what was done", "blocks>", "local>", "peers>", "disk>", "time>", "GB/s>", "tensors then")
         self.console.print()
         self.console.print(table(title, columns, [_row(act) for act in self.acts if act.blocks]))
 
@@ -78,6 +78,6 @@ def _row(act: Act) -> Sequence[str]:
         str(act.blocks),
         *(size(moved[source]) if moved.get(source) else "-" for source in SOURCES),
         duration(act.seconds),
-        rate(act.moved_nbytes, act.seconds),
+        "-" if act.gb_per_s is None else f"{act.gb_per_s:.2f}",
         act.verified,
     )

@@ -154,14 +154,14 @@ class Story:
             raise SharedMemoryFull(needed, free_nbytes())
 
     def fill_nodes(self) -> None:
-        with self.stage.act("three nodes filled, two replicas", spin=False) as act:
+        with self.stage.act("three nodes filled", spin=False) as act:
             for node_id in self.fleet.nodes:
                 self.fleet.start(node_id, "auto")
             with bar(self.stage.console, "filling three nodes") as show:
                 for node in self.fleet.nodes.values():
                     node.wait_until_ready(lambda: show(self.fleet.filling()))
             self._record(act, self.fleet.filling())
-            act.note = f"{came_from(self.fleet.filling())}, all ready, start of the processes included"
+            act.note = f"{came_from(self.fleet.filling())}, all ready, from the start of the processes"
 
     def compare(self) -> None:
         """Attach from another process, and compare every tensor with the checkpoint."""
@@ -170,7 +170,7 @@ class Story:
             found = self._compare()
             self.comparisons.append({"after": compared.what, **found})
             verdict = "identical" if found["ok"] else "DIFFERENT"
-            compared.verified = f"{found['tensors']} tensors: {verdict}"
+            compared.verified = f"{found['tensors']} {verdict}"
             act.note = (
                 f"{found['tensors']} tensors, {found['replicas_min']} replicas, {size(found['nbytes'])}: {verdict}"
             )
@@ -219,7 +219,7 @@ class Story:
         if prepare is not None:
             files = sorted(self.checkpoint.glob("*.safetensors"))
             prepare(files)
-            what += f", {page_cache.resident_share(files):.0%} in page cache"
+            what += f", {page_cache.resident_share(files):.0%} cached"
         asked, lost = self.fleet.nodes[ASKED_NODE], self.fleet.nodes[LOST_NODE]
         with self.stage.act(what, spin=False) as act, bar(self.stage.console, what) as show:
             body = {"target": {"node_id": LOST_NODE}, "sources": [source]}
@@ -241,12 +241,12 @@ class Story:
         """A killed daemon loses nothing: the next one takes the segment over."""
         node = self.fleet.nodes[LOST_NODE]
         node.kill()
-        with self.stage.act(f"{LOST_NODE} killed, started, segment adopted") as act:
+        with self.stage.act(f"{LOST_NODE} killed, its segment adopted") as act:
             self.fleet.start(LOST_NODE, "auto")
             node.wait_until_ready()
             document = node.get("/v1/node")
             self._record(act, {"blocks_done": document["blocks"], "bytes_by_source": {"local": document["bytes"]}})
-            act.note = f"{size(document['bytes'])} were there, ready again, start of the process included"
+            act.note = f"{size(document['bytes'])} were there; ready, from the start of the process"
 
     @staticmethod
     def _record(act: Act, document: Mapping[str, Any]) -> None:
@@ -256,7 +256,7 @@ class Story:
     # -- the end ---------------------------------------------------------------------------------------------
 
     def show(self) -> None:
-        self.stage.show_table("What brought the blocks back")
+        self.stage.show_table("Three nodes, two replicas of each block. `cached`: in the page cache before")
         nbytes = sum(comparison["nbytes"] for comparison in self.comparisons)
         verdict = "every byte was identical" if self.ok else "NOT EVERY BYTE WAS IDENTICAL"
         self.stage.console.print(
