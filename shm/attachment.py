@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +23,15 @@ from shm import posix
 from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
+    ManifestError,
     SegmentAmbiguous,
     SegmentCorrupt,
+    SegmentError,
     SegmentForeign,
     SegmentNotFound,
     SegmentUnsealed,
 )
-from shm.layout import ENTRY, HEADER_NBYTES, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState
+from shm.layout import ENTRY, HEADER_NBYTES, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState, object_prefix
 from shm.manifest import DENSE, ExpertKey, Manifest, TensorTemplate, check_name, fill_template
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 HEADER_READS_MAX = 5  # a header read while its owner rewrites it fails its checksum: read again
 HEADER_RETRY_S = 0.002
+VERIFY_LOOKS = 2
 VERIFY_THREADS_MAX = 16  # xxh3 reaches the memory's speed before that
 
 # torch's names for the dtypes of the safetensors format; one that this torch lacks is refused when it is asked for.
@@ -74,13 +78,25 @@ class ExpertTensors(dict[str, "torch.Tensor"]):
 def find_segment(model: str, namespace: str = "default", node: str | None = None) -> str:
     """The object name of the one segment of this model on this host.
 
-    Raises SegmentNotFound, or SegmentAmbiguous if several nodes of this host hold the model and none is named.
+    Raises SegmentNotFound, SegmentAmbiguous if several nodes of this host hold the model and none is named, or what is
+    wrong with the only one there is.
     """
+    from shm.inventory import object_names
+
     if node is not None:
         return SegmentName(namespace, model, node).object_name
     check_name("model", model), check_name("namespace", namespace)
     found: dict[str, Header] = {}
-    for object_name, header in readable_headers():
+    wrong: list[SegmentError] = []
+    for object_name in object_names():
+        try:
+            header = open_header(object_name)
+        except SegmentNotFound:  # removed while we looked
+            continue
+        except SegmentError as error:
+            if object_name.startswith(object_prefix(namespace, model)):
+                wrong.append(error)
+            continue
         if (header.name.namespace, header.name.model) == (namespace, model):
             found[object_name] = header
     sealed = [o for o, h in found.items() if h.state is SegmentState.SEALED]
@@ -88,6 +104,8 @@ def find_segment(model: str, namespace: str = "default", node: str | None = None
     if len(choice) > 1:
         nodes = ", ".join(sorted(found[o].name.node for o in choice))
         raise SegmentAmbiguous(f"several nodes of this host hold {model}: say node=… ({nodes})")
+    if not choice and wrong:
+        raise wrong[0]
     if not choice:
         raise SegmentNotFound(
             f"no segment of {model} in namespace {namespace} on this host: `hotspare ls` lists what is, "
@@ -96,21 +114,13 @@ def find_segment(model: str, namespace: str = "default", node: str | None = None
     return choice[0]
 
 
-def readable_headers() -> Iterator[tuple[str, Header]]:
-    """(object name, header) of every segment in /dev/shm whose header this user can read."""
-    from shm.inventory import object_names
-
-    for object_name in object_names():
-        try:
-            fd = posix.open_existing(object_name, read_only=True)
-        except Exception:
-            continue
-        try:
-            yield object_name, read_header(fd, object_name)
-        except Exception:
-            continue
-        finally:
-            os.close(fd)
+def open_header(object_name: str) -> Header:
+    """The header of the object of this name. Raises the SegmentError that says what is wrong with it."""
+    fd = posix.open_existing(object_name, read_only=True)
+    try:
+        return read_header(fd, object_name)
+    finally:
+        os.close(fd)
 
 
 def read_header(fd: int, object_name: str) -> Header:
@@ -135,7 +145,7 @@ def attach(model: str, *, namespace: str = "default", node: str | None = None) -
     fd = posix.open_existing(object_name, read_only=True)
     try:
         header = read_header(fd, object_name)
-        if header.name.model != model or header.name.namespace != namespace:
+        if header.name != SegmentName(namespace, model, header.name.node if node is None else node):
             raise SegmentForeign(f"{SHM_DIRECTORY}/{object_name} is the segment of {header.name}")
         if header.state is not SegmentState.SEALED:
             raise SegmentUnsealed(
@@ -144,7 +154,10 @@ def attach(model: str, *, namespace: str = "default", node: str | None = None) -
         mapping = mmap.mmap(fd, header.total_nbytes, access=mmap.ACCESS_READ)
     finally:
         os.close(fd)
-    return Attachment(header, mapping)
+    try:
+        return Attachment(header, mapping)
+    except ManifestError as error:
+        raise SegmentCorrupt(f"{SHM_DIRECTORY}/{object_name}: {error}: `hotspare rm` it, and refill") from error
 
 
 class Attachment(Mapping[str, "torch.Tensor"]):
@@ -244,6 +257,8 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         dtype = torch_dtype(template.dtype)
         shape = list(template.shape)
         if template.dtype in _PACKED:
+            if shape[-1] % _PACKED[template.dtype]:
+                raise BlockUnavailable(f"{template.name} is {template.dtype} {shape}: torch packs whole bytes in a row")
             shape[-1] //= _PACKED[template.dtype]
         if template.nbytes == 0:
             return torch.empty(shape, dtype=dtype)
@@ -277,8 +292,19 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         rows = self.rows().tolist()
         threads = min(VERIFY_THREADS_MAX, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads, thread_name_prefix="hotspare-verify") as pool:
-            good = pool.map(lambda row: checksum(self.block(row)) == self.checksum(row), rows)
-            return [self.manifest.keys[row] for row, ok in zip(rows, good, strict=True) if not ok]
+            return [
+                self.manifest.keys[row] for row, bad in zip(rows, pool.map(self._differs, rows), strict=True) if bad
+            ]
+
+    def _differs(self, row: int) -> bool:
+        """Looks twice before it says so: the owner may be mending the block, which is then hidden, or whole again."""
+        for _ in range(VERIFY_LOOKS):
+            try:
+                if checksum(self.block(row)) == self.checksum(row):
+                    return False
+            except BlockUnavailable:
+                return False
+        return self.holds(row)
 
     def pin(self) -> None:
         """Page-lock the mapping for CUDA, read-only and in pieces; undone by `close`. Once is enough.
@@ -306,6 +332,9 @@ class Attachment(Mapping[str, "torch.Tensor"]):
 
             unpin(self._pinned)
             self._pinned = []
+        if not self._closed:  # the manifest's tables lie in the mapping
+            rows, ranges = self.manifest.rows.copy(), self.manifest.ranges.copy()
+            self.manifest = replace(self.manifest, rows=rows, ranges=ranges)
         self._closed = True
         del self._view, self._bytes, self._table
         self._view, self._table = memoryview(b""), np.zeros(0, dtype=ENTRY)

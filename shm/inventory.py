@@ -92,10 +92,17 @@ def remove(object_name: str) -> int:
     info = inspect(object_name)
     if not object_name.startswith(PREFIX + "."):
         raise SegmentForeign(f"{SHM_DIRECTORY}/{object_name} is not a Hotspare segment: it is not ours to remove")
-    if info.owner_alive:
-        pid = info.header.owner_pid if info.header else 0
-        raise SegmentBusy(f"{object_name} is owned by process {pid or 'unknown'}, which is alive: stop it first", pid)
-    posix.unlink(object_name)
+    fd = posix.open_existing(object_name, read_only=False)
+    try:
+        if not posix.try_lock(fd):  # who starts from here on is refused, or finds no object
+            pid = info.header.owner_pid if info.header else 0
+            raise SegmentBusy(
+                f"{object_name} is owned by process {pid or 'unknown'}, which is alive: stop it first", pid
+            )
+        if posix.still_named(fd, object_name):
+            posix.unlink(object_name)
+    finally:
+        os.close(fd)
     return info.nbytes
 
 

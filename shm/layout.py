@@ -68,6 +68,15 @@ class BlockState(IntEnum):
     QUARANTINED = 3
 
 
+def _safe(part: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", part)[:PART_CHARS_MAX]
+
+
+def object_prefix(namespace: str, model: str) -> str:
+    """What the object names of all nodes' segments of a model begin with; those of others may too."""
+    return f"{PREFIX}.{_safe(namespace)}.{_safe(model)}."
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentName:
     """Who a segment belongs to. Each part is 1 to 200 printable characters."""
@@ -84,7 +93,7 @@ class SegmentName:
     def object_name(self) -> str:
         """The POSIX name, without the leading slash: its file name in /dev/shm."""
         parts = (self.namespace, self.model, self.node)
-        safe = tuple(re.sub(r"[^A-Za-z0-9_.-]", "_", part)[:PART_CHARS_MAX] for part in parts)
+        safe = tuple(map(_safe, parts))
         name = ".".join((PREFIX, *safe))
         if safe == parts and not any("." in part for part in parts):
             return name
