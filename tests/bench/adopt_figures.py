@@ -4,9 +4,9 @@
 
 A real `hotspare serve` fills itself from a checkpoint, is killed with SIGKILL, and is started again on the segment it
 left; then killed and started again, and so on. Counted is from just before the process is started to the 200 of
-/readyz, so the interpreter's own start is in it. With the checkpoint there, its headers are read and compared; the last
-row of each size is a restart whose checkpoint directory is gone, and which names a peer that takes connections and never
-answers. The baseline is a Python that only imports the web framework and the transfer engine.
+/readyz, so the interpreter's own start is in it. With the checkpoint there, its headers are read and compared; the
+last row of each size is a restart whose checkpoint directory is gone, and which names a peer that takes connections and
+never answers. The baseline is a Python that only imports the web framework and the transfer engine.
 
 The large checkpoint has real headers, and holes for content: no byte of it is read when the segment is adopted.
 """

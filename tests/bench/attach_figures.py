@@ -7,7 +7,7 @@ imported torch and shm, from before `shm.attach` to the tensor in hand, its firs
 process is one that only imports torch.
 
 Memory: a real `hotspare serve` adopts the segment, eight processes attach and read every page of it. The figure is the
-sum over the nine of the mapping's proportional set size in /proc/PID/smaps, over the size of the segment: 1 is one copy.
+sum over the nine of the mapping's proportional set size in /proc/PID/smaps, over the segment's size: 1 is one copy.
 """
 
 from __future__ import annotations

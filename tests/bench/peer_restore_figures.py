@@ -2,13 +2,14 @@
 
     python tests/bench/peer_restore_figures.py [--gib 1] [--rounds 7]
 
-The peer is a real `hotspare serve` that has filled itself. Ours: `Segment.allocate`, registration, then a `Restore` from a
-`PeerSource` with the checksums that the peer's shard map tells, sealing included. The baseline: a new object of the same
-size, reserved, mapped and registered in the same way, and one loop of `batch_transfer_sync_read` over the same bytes, in
-the batches that the planner makes, with the same engine in the same process. Both pay for the first touch of every page.
+The peer is a real `hotspare serve` that has filled itself. Ours: `Segment.allocate`, registration, then a `Restore` from
+a `PeerSource` with the checksums that the peer's shard map tells, sealing included. The baseline: a new object of the
+same size, reserved, mapped and registered in the same way, and one loop of Mooncake's `batch_transfer_sync_read` over the
+same bytes, in the batches that the planner makes, with the same engine in the same process, and no checksum. Both pay for
+the first touch of every page.
 
-The disk: the same blocks from the checkpoint's files, with the page cache warm, and with the files' pages dropped before
-each run. What a disk gives cold is that machine's, and no target.
+The disk: the same blocks from the checkpoint's files, with the page cache warm, and with the files' pages dropped
+before each run. What a disk gives cold is that machine's, and no target.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from app.peers import PeerBlocks, PeerClient
 from shm import posix
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint
-from transfer.engine import MooncakeEngine
+from transfer.engine import MooncakeEngine, within_pieces
 from transfer.plan import Limits, Offer, Piece, Want, plan
 from transfer.restore import Restore
 from transfer.sources import DiskSource, PeerSource, Source
@@ -113,7 +114,8 @@ class Scene:
             shift = address + skipped - base
             for batch in batches:
                 moved = [copy._replace(destination=copy.destination + shift) for copy in batch.copies]
-                self._engine.read(self._peer.session_id, moved)
+                here, there, sizes = map(list, zip(*within_pieces(moved), strict=True))
+                assert self._engine._engine.batch_transfer_sync_read(self._peer.session_id, here, there, sizes) == 0
             return time.perf_counter() - started
         finally:
             self._engine.unregister(region)
