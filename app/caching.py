@@ -12,8 +12,6 @@ def etag(value: str) -> str:
 
 def not_modified(request: Request, tag: str) -> Response | None:
     """304 where the request's If-None-Match has this tag, else None."""
-    asked = request.headers.get("if-none-match")
-    if asked is None:
-        return None
+    asked = ",".join(request.headers.getlist("if-none-match"))
     tags = {candidate.strip().removeprefix("W/") for candidate in asked.split(",")}
     return Response(status_code=304, headers={"ETag": tag}) if tags & {tag, "*"} else None

@@ -62,7 +62,7 @@ class Cluster:
 
     def refresh(self) -> None:
         """Ask every peer once, all at the same time. Never raises for what a peer does."""
-        peers = self._membership.peers()
+        peers = self.peers()
         if peers:
             with ThreadPoolExecutor(min(POLL_THREADS_MAX, len(peers)), thread_name_prefix="hotspare-ask") as pool:
                 list(pool.map(self._ask, peers))
@@ -102,7 +102,8 @@ class Cluster:
 
     def url(self, node_id: str) -> str:
         """Where a peer's control plane is; raises InvalidInput for a node that was never named."""
-        return self._membership.peer(node_id).url
+        with self._lock:
+            return self._membership.peer(node_id).url
 
     def holdings(self) -> dict[str, PeerBlocks]:
         """What each peer that is not given up has published, by node id; the alive ones first."""

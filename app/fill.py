@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from app.node import Node
 from app.restores import RestoreStore
+from shm.errors import HotspareError
+from shm.manifest import ExpertKey
 from transfer.errors import CheckpointError
 from transfer.origin import first_difference
 from transfer.sources import SourceKind
 
-RETRY_INTERVAL_S = 0.5  # between looks at whether peers have something new
+LOOK_INTERVAL_S = 0.5  # between looks at whether peers have something new
+RETRY_INTERVAL_S = 30.0  # after which what failed is tried again, although nothing new was seen
 
 KINDS = {
     "auto": frozenset({SourceKind.PEER, SourceKind.DISK}),
@@ -23,7 +27,10 @@ _log = logging.getLogger("hotspare.fill")
 
 
 class Filler:
-    """Brings what belongs to the node, and tries again whenever its peers have more. Ends when the node is complete."""
+    """Brings what belongs to the node. Ends when the node is complete.
+
+    Tries again whenever its peers have more, and every RETRY_INTERVAL_S: what failed may have been a passing thing.
+    """
 
     def __init__(self, node: Node, store: RestoreStore) -> None:
         self._node = node
@@ -42,25 +49,37 @@ class Filler:
 
     def _run(self) -> None:
         kinds = KINDS[self._node.settings.fill]
-        tried: str | None = None
+        tried, tried_at = "", -RETRY_INTERVAL_S
         while not self._stopped.is_set():
             if self._node.manifest is not None and not len(self._node.missing()):
                 return
             if SourceKind.PEER in kinds:
                 self._node.cluster.refresh()
-            now = self._node.cluster.revision()
-            if now != tried and self._can_begin():
-                tried = now
-                self._fill(kinds)
-                continue
-            self._stopped.wait(RETRY_INTERVAL_S)
+            known = self._node.cluster.revision()
+            is_due = known != tried or time.monotonic() - tried_at >= RETRY_INTERVAL_S
+            if is_due and self._can_begin():
+                tried, tried_at = known, time.monotonic()
+                try:
+                    self._fill(kinds)
+                except HotspareError as error:
+                    _log.error("filling the node failed: %s", error)
+            else:
+                self._stopped.wait(LOOK_INTERVAL_S)
 
     def _can_begin(self) -> bool:
         """Whether a restore has anything to go by: a manifest, ours or a peer's."""
         return self._node.manifest is not None or self._node.cluster.has_manifest()
 
+    def _missing(self) -> tuple[ExpertKey, ...] | None:
+        """What a restore has to bring; None, all that belongs here, while there is no manifest to say.
+
+        What came with an earlier attempt was verified then, and is not read again.
+        """
+        manifest = self._node.manifest
+        return None if manifest is None else tuple(manifest.keys[row] for row in self._node.missing())
+
     def _fill(self, kinds: frozenset[SourceKind]) -> None:
-        restore = self._store.start_local(None, kinds)
+        restore = self._store.start_local(self._missing(), kinds)
         restore.finished.wait()
         report = restore.progress.report()
         if report.error:

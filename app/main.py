@@ -9,7 +9,7 @@ from anyio import to_thread
 from fastapi import Depends, FastAPI
 
 from app import problems
-from app.access import BodyLimit, require_token
+from app.access import Gate, token_scheme
 from app.context import Context
 from app.docs_ui import mount_docs
 from app.routes import cluster, consumers, health, metrics, node, restores
@@ -54,10 +54,10 @@ def create_app(settings: Settings, context: Context | None = None) -> FastAPI:
         ],
     )
     app.state.settings = settings
-    app.add_middleware(BodyLimit)
+    app.add_middleware(Gate)
     problems.install(app)
     app.include_router(health.router)
     for router in (metrics.router, node.router, cluster.router, restores.router, consumers.router):
-        app.include_router(router, dependencies=[Depends(require_token)])
+        app.include_router(router, dependencies=[Depends(token_scheme)])
     mount_docs(app)
     return app

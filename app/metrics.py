@@ -12,6 +12,7 @@ from app.context import Context
 from app.membership import PeerState
 from app.node import NodeState
 from app.restores import LocalRestore
+from transfer.progress import RestoreState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,18 +42,14 @@ class NodeCollector:
         yield from self._restores()
 
     def _restores(self) -> Iterator[Metric]:
-        local = [r.progress.report() for r in self._context.restores.all() if isinstance(r, LocalRestore)]
-        states = CounterMetricFamily(
-            "hotspare_restores", "Restores into this node, of those remembered.", labels=["state"]
-        )
-        for state, count in sorted(Counter(r.state.value for r in local).items()):
-            states.add_metric([state], count)
-        yield states
+        restores = self._context.restores
+        local = [restore for restore in restores.all() if isinstance(restore, LocalRestore)]
+        states = Counter(restore.progress.state for restore in local)
+        yield self._by_label("hotspare_restores", "Restores that this node does or did and remembers.", "state", {
+            state.value: states[state] for state in RestoreState
+        })  # fmt: skip
         moved = CounterMetricFamily("hotspare_restored_bytes", "Bytes they brought, by source.", labels=["source"])
-        by_source: Counter[str] = Counter()
-        for report in local:
-            by_source.update(report.bytes_by_source)
-        for source, nbytes in sorted(by_source.items()):
+        for source, nbytes in sorted(restores.bytes_by_source().items()):
             moved.add_metric([source], nbytes)
         yield moved
 

@@ -5,6 +5,7 @@ Everything here blocks: it is for threads, never for the event loop.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import orjson
 
+from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import HotspareError, ManifestError
 from shm.manifest import DENSE, Manifest
 
@@ -59,12 +61,19 @@ class PeerClient:
     def close(self) -> None:
         self._http.close()
 
-    def request(self, method: str, url: str, **options: Any) -> httpx.Response:
-        """One request; raises PeerUnreachable, or PeerRefused for a status of 400 and above."""
+    def request(self, method: str, url: str, *, timeout: float = POLL_TIMEOUT_S, **options: Any) -> httpx.Response:
+        """One request; raises PeerUnreachable, or PeerRefused for a status of 400 and above.
+
+        `timeout` (s) is for the whole answer, so that one that trickles in holds nobody up.
+        """
+        deadline = time.monotonic() + timeout
+        limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
         try:
-            response = self._http.request(method, url, **options)
-        except httpx.HTTPError as error:
+            with self._http.stream(method, url, timeout=limits, **options) as answer:
+                body = _read(answer, deadline)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise PeerUnreachable(f"{url}: {type(error).__name__}: {error}") from error
+        response = httpx.Response(answer.status_code, content=body, request=answer.request)
         if response.status_code >= 400:
             problem = _problem(response)
             raise PeerRefused(
@@ -102,14 +111,12 @@ class PeerClient:
                 if replica["node_id"] == node_id:
                     layer = DENSE if entry["layer"] is None else entry["layer"]
                     row = manifest.index(layer, entry.get("expert", DENSE))
-                    blocks[row] = (int(replica["address"]), bytes.fromhex(entry["checksum"]))
+                    blocks[row] = (int(replica["address"]), _checksum(entry["checksum"]))
                     session_id = str(replica["session_id"])
         return PeerBlocks(session_id, str(document["revision"]), blocks)
 
     @staticmethod
     def _json(response: httpx.Response) -> dict[str, Any]:
-        if len(response.content) > DOCUMENT_NBYTES_MAX:
-            raise PeerUnreachable(f"{response.url}: {len(response.content):,} bytes, more than any document of ours")
         try:
             document = orjson.loads(response.content)
         except orjson.JSONDecodeError as error:
@@ -117,6 +124,25 @@ class PeerClient:
         if not isinstance(document, dict):
             raise PeerUnreachable(f"{response.url} does not answer like a Hotspare node")
         return document
+
+
+def _checksum(digits: str) -> bytes:
+    checksum = bytes.fromhex(digits)
+    if len(checksum) != CHECKSUM_NBYTES:
+        raise ValueError(f"{digits!r} is no checksum")
+    return checksum
+
+
+def _read(answer: httpx.Response, deadline: float) -> bytes:
+    """The whole body; raises PeerUnreachable where it is too large or not there by the deadline."""
+    body = bytearray()
+    for chunk in answer.iter_bytes():
+        body += chunk
+        if len(body) > DOCUMENT_NBYTES_MAX:
+            raise PeerUnreachable(f"{answer.url}: over {DOCUMENT_NBYTES_MAX:,} bytes, more than any document of ours")
+        if time.monotonic() > deadline:
+            raise PeerUnreachable(f"{answer.url}: the answer comes too slowly")
+    return bytes(body)
 
 
 def _problem(response: httpx.Response) -> dict[str, Any]:

@@ -10,19 +10,21 @@ import logging
 import queue
 import threading
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from itertools import chain
 
 from app.consumers import ConsumerStore
+from app.membership import Peer
 from app.models import FailedExpert, RestoreDocument, RestoreRequest, RestoreTarget
 from app.node import Node
-from app.peers import PeerClient, PeerRefused, PeerUnreachable
-from app.problems import Conflict, NotFound, PeerFailed, TooManyRequests, Unavailable
+from app.peers import PeerClient
+from app.problems import Conflict, NotFound, TooManyRequests, Unavailable
 from app.pushes import ConsumerPush
+from app.remote_restore import RETRY_AFTER_S, RemoteRestore
 from shm.errors import HotspareError
 from shm.manifest import ExpertKey
 from transfer.progress import Progress, RestoreState
@@ -32,7 +34,7 @@ from transfer.sources import SourceKind
 QUEUED_MAX = 64
 KEPT_MAX = 1000  # restores remembered; the oldest finished ones go first
 FAILED_LISTED_MAX = 1000
-RETRY_AFTER_S = 5
+FAILED_IN_LIST_MAX = 10  # of each, in a list of restores
 ALL_KINDS = frozenset({SourceKind.PEER, SourceKind.DISK})
 
 _log = logging.getLogger("hotspare.restores")
@@ -50,28 +52,39 @@ class LocalRestore:
     progress: Progress = field(default_factory=Progress)
     finished: threading.Event = field(default_factory=threading.Event)
     _running: Restore | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, node: Node) -> None:
         """Plan and run. What goes wrong is told in the record, never raised."""
         try:
-            if not self.progress.state.is_final:
-                target = self.push or node
-                self._running = target.plan_restore(self.experts, self.kinds, self.progress)
-                target.run(self._running)
+            if not self.is_over:
+                self._run(self.push or node)
         except HotspareError as error:
             self.progress.finish(RestoreState.FAILED, str(error))
         except Exception as error:
             _log.exception("restore %s ended in an unforeseen way", self.id)
             self.progress.finish(RestoreState.FAILED, f"{type(error).__name__}: {error}")
         finally:
-            self._running = None
             self.finished.set()
 
+    def _run(self, target: Node | ConsumerPush) -> None:
+        restore = target.plan_restore(self.experts, self.kinds, self.progress)
+        with self._lock:
+            self._running = restore
+            if self.is_over:  # cancelled while it was planned
+                restore.cancel()
+        target.run(restore)
+
     def cancel(self) -> None:
-        if self._running is not None:
-            self._running.cancel()
-        elif self.progress.state is RestoreState.PENDING:
-            self.progress.finish(RestoreState.CANCELLED, "cancelled before it began")
+        with self._lock:
+            if self._running is not None:
+                self._running.cancel()
+            else:
+                self.progress.finish(RestoreState.CANCELLED, "cancelled before it began")
+
+    @property
+    def is_over(self) -> bool:
+        return self.progress.state.is_final
 
     def document(self) -> RestoreDocument:
         report = self.progress.report()
@@ -101,43 +114,6 @@ def _time(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-@dataclass(slots=True)
-class RemoteRestore:
-    """A restore that another node does. What it last said is kept, for when it does not answer."""
-
-    id: str
-    url: str
-    client: PeerClient
-    last: RestoreDocument
-
-    def _ask(self, method: str, suffix: str = "") -> RestoreDocument:
-        answer = self.client.request(method, f"{self.url}/v1/restores/{self.id}{suffix}")
-        self.last = RestoreDocument.model_validate_json(answer.content)
-        return self.last
-
-    def document(self) -> RestoreDocument:
-        if self.last.state.is_final:
-            return self.last
-        try:
-            return self._ask("GET")
-        except PeerUnreachable as error:
-            return self.last.model_copy(update={"error": f"the node that does it does not answer now: {error}"})
-        except PeerRefused as error:
-            if error.status != 404:
-                raise PeerFailed(str(error)) from error
-            # It was restarted, and remembers nothing: the restore ended with it.
-            self.last = self.last.model_copy(
-                update={"state": RestoreState.FAILED, "error": "its node was restarted before it ended"}
-            )
-            return self.last
-
-    def cancel(self) -> None:
-        try:
-            self._ask("POST", "/cancel")
-        except (PeerUnreachable, PeerRefused) as error:
-            raise PeerFailed(str(error)) from error
-
-
 AnyRestore = LocalRestore | RemoteRestore
 
 
@@ -150,6 +126,7 @@ class RestoreStore:
         self._consumers = consumers or ConsumerStore()
         self._kept: OrderedDict[str, AnyRestore] = OrderedDict()
         self._by_key: dict[str, tuple[RestoreRequest, str]] = {}
+        self._forgotten_bytes: Counter[str] = Counter()
         self._queue: queue.Queue[LocalRestore | None] = queue.Queue(QUEUED_MAX)
         self._pushes: queue.Queue[LocalRestore | None] = queue.Queue(QUEUED_MAX)  # an engine waits for no filling node
         self._lock = threading.Lock()
@@ -166,7 +143,8 @@ class RestoreStore:
 
     def stop(self) -> None:
         """Cancel what runs and what waits, and end the workers."""
-        self._stopped = True
+        with self._lock:  # from here on nothing is put behind the workers' last item
+            self._stopped = True
         for restore in self.all():
             if isinstance(restore, LocalRestore):
                 restore.cancel()
@@ -181,24 +159,25 @@ class RestoreStore:
 
     # -- asking for one --------------------------------------------------------------------------------------
 
-    def submit(self, request: RestoreRequest, key: str | None = None) -> tuple[RestoreDocument, bool]:
+    def submit(self, request: RestoreRequest, key: str | None = None) -> RestoreDocument:
         """Start what was asked for, here or on its node; with a key that was seen before, the restore of then.
 
-        The second value says whether it is a new one. Raises NotFound, Conflict, Unavailable, PeerFailed,
+        Raises NotFound, Conflict, Unavailable, PeerFailed,
         TooManyRequests, and InvalidInput for experts that are placed elsewhere.
         """
         if key is None:
-            return self._start(request, key).document(), True
+            return self._start(request, key).document()
         with self._key_lock:  # two requests with one key at the same time make one restore
             if key in self._by_key:
                 earlier, restore_id = self._by_key[key]
                 if earlier != request:
                     raise Conflict(f"Idempotency-Key {key!r} was used for another request: take a new one")
                 if restore_id in self._kept:
-                    return self.get(restore_id).document(), False
+                    return self.get(restore_id).document()
             restore = self._start(request, key)
-            self._by_key[key] = (request, restore.id)
-        return restore.document(), True
+            with self._lock:
+                self._by_key[key] = (request, restore.id)
+        return restore.document()
 
     def _start(self, request: RestoreRequest, key: str | None) -> AnyRestore:
         experts = None if request.experts is None else tuple(ExpertKey(e.layer, e.expert) for e in request.experts)
@@ -207,7 +186,10 @@ class RestoreStore:
             return self._start_push(request.target.consumer_id, experts, kinds, read_back=request.read_back)
         assert request.target.node_id is not None
         if request.target.node_id != self._node.settings.node_id:
-            return self._keep(self._send(request, request.target.node_id, key))
+            remote = RemoteRestore.send(self._client, self._peer(request.target.node_id), request, key)
+            with self._lock:
+                self._keep(remote)
+            return remote
         return self.start_local(experts, kinds)
 
     def start_local(self, experts: tuple[ExpertKey, ...] | None, kinds: Collection[SourceKind]) -> LocalRestore:
@@ -241,44 +223,37 @@ class RestoreStore:
         kinds: Collection[SourceKind],
         push: ConsumerPush | None = None,
     ) -> LocalRestore:
-        if self._stopped:
-            raise Unavailable("the node is stopping")
         restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds, push)
-        try:
-            waiting.put_nowait(restore)
-        except queue.Full:
-            raise TooManyRequests(
-                f"{QUEUED_MAX} restores are waiting already: try again later", retry_after_s=RETRY_AFTER_S
-            ) from None
-        self._keep(restore)
+        with self._lock:
+            if self._stopped:
+                raise Unavailable("the node is stopping")
+            try:
+                waiting.put_nowait(restore)
+            except queue.Full:
+                raise TooManyRequests(
+                    f"{QUEUED_MAX} restores are waiting already: try again later", retry_after_s=RETRY_AFTER_S
+                ) from None
+            self._keep(restore)
         return restore
 
-    def _send(self, request: RestoreRequest, node_id: str, key: str | None) -> RemoteRestore:
-        peers = {peer.node_id: peer.url for peer in self._node.cluster.peers()}
+    def _peer(self, node_id: str) -> Peer:
+        peers = {peer.node_id: peer for peer in self._node.cluster.peers()}
         if node_id not in peers:
             known = ", ".join(sorted([*peers, self._node.settings.node_id]))
             raise NotFound(f"there is no node {node_id!r}: the nodes are {known}")
-        headers = {} if key is None else {"Idempotency-Key": key}
-        try:
-            answer = self._client.request(
-                "POST", f"{peers[node_id]}/v1/restores", json=request.model_dump(mode="json"), headers=headers
-            )
-            document = RestoreDocument.model_validate_json(answer.content)
-        except PeerUnreachable as error:
-            raise Unavailable(f"node {node_id} does not answer: {error}", retry_after_s=RETRY_AFTER_S) from error
-        except (PeerRefused, ValueError) as error:
-            raise _as_said(error) from error
-        return RemoteRestore(document.id, peers[node_id], self._client, document)
+        return peers[node_id]
 
-    def _keep(self, restore: AnyRestore) -> AnyRestore:
-        with self._lock:
-            self._kept[restore.id] = restore
-            if len(self._kept) > KEPT_MAX:
-                oldest = next((i for i, r in self._kept.items() if _is_over(r)), None)
-                if oldest is not None:
-                    del self._kept[oldest]
-                    self._by_key = {k: v for k, v in self._by_key.items() if v[1] != oldest}
-        return restore
+    def _keep(self, restore: AnyRestore) -> None:
+        """Remember it, and forget one in its place if there are too many: of those here only one that is over."""
+        self._kept[restore.id] = restore
+        if len(self._kept) <= KEPT_MAX:
+            return
+        over = (i for i, r in self._kept.items() if r.is_over)
+        remote = (i for i, r in self._kept.items() if isinstance(r, RemoteRestore))
+        forgotten = self._kept.pop(next(chain(over, remote)))
+        self._by_key = {k: v for k, v in self._by_key.items() if v[1] != forgotten.id}
+        if isinstance(forgotten, LocalRestore):
+            self._forgotten_bytes.update(forgotten.progress.report().bytes_by_source)
 
     # -- asking about them -----------------------------------------------------------------------------------
 
@@ -294,27 +269,24 @@ class RestoreStore:
         return restore
 
     def documents(self) -> list[RestoreDocument]:
-        """All of them, newest first."""
-        return sorted((r.document() for r in self.all()), key=lambda d: d.created_at, reverse=True)
+        """All of them, newest first, each with the first FAILED_IN_LIST_MAX of its failed blocks."""
+        silent: set[str] = set()  # nodes that do not answer are asked once, not for each of their restores
+        found = []
+        for restore in self.all():
+            if isinstance(restore, RemoteRestore) and restore.url in silent:
+                found.append(restore.last)
+                continue
+            found.append(restore.document())
+            if isinstance(restore, RemoteRestore) and not restore.answers:
+                silent.add(restore.url)
+        newest_first = sorted(found, key=lambda document: document.created_at, reverse=True)
+        return [d.model_copy(update={"failed": d.failed[:FAILED_IN_LIST_MAX]}) for d in newest_first]
 
-    def running(self) -> int:
-        """How many are waiting or under way here."""
-        return sum(not _is_over(r) for r in self.all() if isinstance(r, LocalRestore))
-
-
-def _is_over(restore: AnyRestore) -> bool:
-    if isinstance(restore, LocalRestore):
-        return restore.progress.state.is_final
-    return restore.last.state.is_final
-
-
-def _as_said(error: Exception) -> HotspareError:
-    """The peer's own refusal, in our words where it is the caller's mistake."""
-    from shm.errors import InvalidInput
-
-    if isinstance(error, PeerRefused):
-        detail: Any = error.problem.get("detail") or str(error)
-        known: dict[int, type[HotspareError]] = {404: NotFound, 409: Conflict, 422: InvalidInput, 503: Unavailable}
-        if error.status in known:
-            return known[error.status](detail)
-    return PeerFailed(str(error))
+    def bytes_by_source(self) -> Counter[str]:
+        """Bytes that restores of this node have brought since it started, those forgotten included. Only grows."""
+        with self._lock:
+            total = Counter(self._forgotten_bytes)
+            for restore in self._kept.values():
+                if isinstance(restore, LocalRestore):
+                    total.update(restore.progress.report().bytes_by_source)
+        return total

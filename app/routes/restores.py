@@ -38,7 +38,7 @@ def start_restore(
 ) -> RestoreDocument:
     """Any node takes it for any node. Blocks that are there and whole are only verified; the others come from the
     target's own host, from peers, then from disk. Nothing is published before its checksum matched."""
-    document, _ = context.restores.submit(request, idempotency_key)
+    document = context.restores.submit(request, idempotency_key)
     response.headers["Location"] = f"/v1/restores/{document.id}"
     return document
 
@@ -48,12 +48,12 @@ def list_restores(context: CurrentContext) -> Restores:
     return Restores(restores=context.restores.documents())
 
 
-@router.get("/{restore_id}", summary="How far it is", responses=problem_responses(401, 404, 502))
+@router.get("/{restore_id}", summary="How far it is", responses=problem_responses(401, 404, 422))
 def get_restore(context: CurrentContext, restore_id: RestoreId) -> RestoreDocument:
     return context.restores.get(restore_id).document()
 
 
-@router.post("/{restore_id}/cancel", summary="Stop it", responses=problem_responses(401, 404, 502))
+@router.post("/{restore_id}/cancel", summary="Stop it", responses=problem_responses(401, 404, 422, 502, 503))
 def cancel_restore(context: CurrentContext, restore_id: RestoreId) -> RestoreDocument:
     """It stops after the batches under way. What was published stays, and nothing half-written is."""
     restore = context.restores.get(restore_id)
@@ -80,7 +80,7 @@ async def _events(restore: AnyRestore) -> AsyncIterator[str]:
     response_class=StreamingResponse,
     responses={
         200: {"content": {"text/event-stream": {}}, "description": "`event: restore`, its data the restore document."},
-        **problem_responses(401, 404),
+        **problem_responses(401, 404, 422),
     },
 )
 def watch_restore(context: CurrentContext, restore_id: RestoreId) -> StreamingResponse:

@@ -1,0 +1,94 @@
+"""A restore that another node does: it is sent there, and asked for there whenever somebody asks here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from app.membership import Peer
+from app.models import RestoreDocument, RestoreRequest
+from app.peers import PeerClient, PeerRefused, PeerUnreachable
+from app.problems import Conflict, NotFound, PeerFailed, TooManyRequests, Unavailable
+from shm.errors import HotspareError, InvalidInput
+from transfer.progress import RestoreState
+
+RETRY_AFTER_S = 5
+
+_REFUSALS: Mapping[int, type[HotspareError]] = {404: NotFound, 409: Conflict, 422: InvalidInput, 503: Unavailable}
+
+
+@dataclass(slots=True)
+class RemoteRestore:
+    """What its node last said is kept, for when it does not answer."""
+
+    id: str
+    url: str
+    client: PeerClient
+    last: RestoreDocument
+    answers: bool = True
+    """Whether its node did when it was last asked."""
+
+    @classmethod
+    def send(cls, client: PeerClient, peer: Peer, request: RestoreRequest, key: str | None) -> RemoteRestore:
+        """Start it there. Raises Unavailable if the node does not answer, else what it refused, as our own refusal."""
+        if peer.report is not None and peer.report.node_id != peer.node_id:  # it would send it on, maybe back to us
+            raise Unavailable(f"node {peer.node_id} cannot be asked: {peer.conflict}")
+        headers = {} if key is None else {"Idempotency-Key": key}
+        body = request.model_dump(mode="json")
+        try:
+            answer = client.request("POST", f"{peer.url}/v1/restores", json=body, headers=headers)
+            document = RestoreDocument.model_validate_json(answer.content)
+        except PeerUnreachable as error:
+            raise Unavailable(f"node {peer.node_id} does not answer: {error}", retry_after_s=RETRY_AFTER_S) from error
+        except PeerRefused as error:
+            raise _as_said(error) from error
+        except ValueError as error:
+            raise PeerFailed(f"{peer.url} does not answer like a Hotspare node: {error}") from error
+        return cls(document.id, peer.url, client, document)
+
+    @property
+    def is_over(self) -> bool:
+        return self.last.state.is_final
+
+    def document(self) -> RestoreDocument:
+        """What its node says now; where it does not, what it last said, and why there is no news."""
+        if self.is_over:
+            return self.last
+        try:
+            self._ask("GET")
+        except PeerRefused as error:
+            if error.status != 404:
+                return self._without_news(error)
+            ended = {"state": RestoreState.FAILED, "error": "its node knows it no longer: it was restarted meanwhile"}
+            self.last = self.last.model_copy(update=ended)
+        except (PeerUnreachable, ValueError) as error:
+            return self._without_news(error)
+        return self.last
+
+    def cancel(self) -> None:
+        """Raises Unavailable if its node does not answer, PeerFailed if it refuses."""
+        if self.is_over:
+            return
+        try:
+            self._ask("POST", "/cancel")
+        except PeerUnreachable as error:
+            raise Unavailable(str(error), retry_after_s=RETRY_AFTER_S) from error
+        except (PeerRefused, ValueError) as error:
+            raise PeerFailed(str(error)) from error
+
+    def _ask(self, method: str, suffix: str = "") -> None:
+        self.answers = False
+        answer = self.client.request(method, f"{self.url}/v1/restores/{self.id}{suffix}")
+        self.last = RestoreDocument.model_validate_json(answer.content)
+        self.answers = True
+
+    def _without_news(self, error: Exception) -> RestoreDocument:
+        return self.last.model_copy(update={"error": f"the node that does it does not answer now: {error}"})
+
+
+def _as_said(error: PeerRefused) -> HotspareError:
+    """The peer's own refusal, in our words where it is the caller's mistake."""
+    detail = str(error.problem.get("detail") or error)
+    if error.status == 429:
+        return TooManyRequests(detail, retry_after_s=RETRY_AFTER_S)
+    return _REFUSALS.get(error.status, PeerFailed)(detail)
