@@ -185,7 +185,7 @@ class Story:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=self.checkpoint,
-            env=environment(),
+            env=environment() | {"OMP_NUM_THREADS": "1"},  # comparing is no work for threads that spin
             start_new_session=True,
             preexec_fn=die_with_parent,
         ) as process:
