@@ -18,7 +18,7 @@ from transfer.engine import Copy, TransferEngine
 from transfer.errors import TransferFailed
 from transfer.host_slots import SlotMemory
 from transfer.memory import view
-from transfer.plan import Batch, Limits, Piece, Want, coalesce, split
+from transfer.plan import Batch, Limits, Want, coalesce, split
 from transfer.slot_table import SlotTable
 from transfer.sources import DiskSource, SourceKind
 from transfer.staging import Staging
@@ -30,13 +30,10 @@ DISK_LANES_MAX = 16
 DIRECT_BATCH_NBYTES = 64 << 20
 ITEM_NBYTES_MAX = 8 << 20  # TCP moves the items of a batch side by side, and each item through one connection
 
-IN_SLOTS = 0
-"""The destination of a want's one piece: the slots, which the source finds by the want's row."""
-
 
 def want_of(row: int, nbytes: int, expected: bytes | None) -> Want:
-    """A block for the slots that its row belongs to."""
-    return Want(row, nbytes, (Piece(IN_SLOTS, 0, nbytes),), expected)
+    """A block for the slots of its row. It has no pieces: the sources here find them in the slot table."""
+    return Want(row, nbytes, (), expected)
 
 
 class SlotDestination:
@@ -102,20 +99,20 @@ class LocalSlots(SlotSource):
         self._staging = staging
 
     def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]:
-        here = [(want.row, address) for want in wants if (address := self._address(want.row)) is not None]
+        here = {want: address for want in wants if (address := self._address(want.row)) is not None}
         if self._staging is None:
-            checksums = self._memory.put(here)
+            checksums = self._memory.put([(want.row, address) for want, address in here.items()])
         else:
-            checksums = self._through(self._staging, here, {want.row: want.nbytes for want in wants})
+            checksums = {}
+            for group in _groups(list(here), self._staging.nbytes):
+                checksums |= self._through(self._staging, {want: here[want] for want in group})
         return {row: checksum for row, checksum in checksums.items() if self._address(row) is not None}
 
-    def _through(
-        self, staging: Staging, here: Sequence[tuple[int, int]], nbytes: Mapping[int, int]
-    ) -> dict[int, bytes]:
+    def _through(self, staging: Staging, here: Mapping[Want, int]) -> dict[int, bytes]:
         with staging.take() as buffer:
-            placed = list(_packed(buffer.address, [(row, nbytes[row]) for row, _ in here]))
-            for (row, to), (_, address) in zip(placed, here, strict=True):
-                ctypes.memmove(to, address, nbytes[row])
+            placed = _packed(buffer.address, list(here))
+            for (_, to), (want, address) in zip(placed, here.items(), strict=True):
+                ctypes.memmove(to, address, want.nbytes)
             return self._memory.put(placed)
 
     def _address(self, row: int) -> int | None:
@@ -157,10 +154,14 @@ class PeerSlots(SlotSource):
         self._is_straight = is_straight
 
     def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]:
-        direct = [want for want in wants if self._is_straight and self._table.is_direct(want.row)]
-        staged = [want for want in wants if want not in direct] if direct else wants
+        direct: list[Want] = []
+        staged: list[Want] = []
+        for want in wants:
+            (direct if self._is_straight and self._table.is_direct(want.row) else staged).append(want)
         checksums = self._straight(direct) if direct else {}
-        return checksums | (self._through(staged) if staged else {})
+        for group in _groups(staged, self._staging.nbytes):
+            checksums |= self._through(group)
+        return checksums
 
     def _straight(self, wants: Sequence[Want]) -> dict[int, bytes]:
         copies = [
@@ -180,7 +181,7 @@ class PeerSlots(SlotSource):
     def _through(self, wants: Sequence[Want]) -> dict[int, bytes]:
         self._staging.prepare(self._engine)
         with self._staging.take() as buffer:
-            placed = list(_packed(buffer.address, [(want.row, want.nbytes) for want in wants]))
+            placed = _packed(buffer.address, wants)
             copies = [
                 Copy(to, self._addresses[row], want.nbytes) for (row, to), want in zip(placed, wants, strict=True)
             ]
@@ -209,8 +210,14 @@ class DiskSlots(SlotSource):
         self._staging = staging
 
     def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]:
+        checksums: dict[int, bytes] = {}
+        for group in _groups(wants, self._staging.nbytes):
+            checksums |= self._through(group)
+        return checksums
+
+    def _through(self, wants: Sequence[Want]) -> dict[int, bytes]:
         with self._staging.take() as buffer:
-            placed = list(_packed(buffer.address, [(want.row, want.nbytes) for want in wants]))
+            placed = _packed(buffer.address, wants)
             read = {
                 row: self._disk.read_block(row, view(to, want.nbytes))
                 for (row, to), want in zip(placed, wants, strict=True)
@@ -222,11 +229,31 @@ class DiskSlots(SlotSource):
         self._disk.close()
 
 
-def _packed(start: int, blocks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """(row, address) of blocks, given as (row, bytes), one behind the other."""
-    for row, nbytes in blocks:
-        yield row, start
-        start += -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+
+
+def _groups(wants: Sequence[Want], nbytes: int) -> Iterator[list[Want]]:
+    """The wants in as few groups as fit into `nbytes` bytes each, one behind the other."""
+    group: list[Want] = []
+    end = 0
+    for want in wants:
+        if group and end + _aligned(want.nbytes) > nbytes:
+            yield group
+            group, end = [], 0
+        group.append(want)
+        end += _aligned(want.nbytes)
+    if group:
+        yield group
+
+
+def _packed(start: int, wants: Sequence[Want]) -> list[tuple[int, int]]:
+    """(row, address) of the wanted blocks, one behind the other from `start` on."""
+    placed = []
+    for want in wants:
+        placed.append((want.row, start))
+        start += _aligned(want.nbytes)
+    return placed
 
 
 def _sliced(copies: Sequence[Copy]) -> list[Copy]:

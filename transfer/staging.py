@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from shm.manifest import TENSOR_ALIGNMENT
-from transfer.engine import ITEMS_PER_BATCH_MAX, TransferEngine
+from transfer.engine import TransferEngine
 from transfer.errors import EngineRefused, TransferFailed
 
 STAGING_NBYTES = 512 << 20  # of all buffers, unless two blocks are larger
 BUFFER_NBYTES_MIN = 32 << 20  # small blocks share a buffer
+SLACK_NBYTES = 64 << 10  # blocks are aligned when they share a buffer
 BUFFERS_MIN = 2
 BUFFERS_MAX = 16
 WAIT_S_MAX = 60.0  # for a free buffer
@@ -50,9 +50,8 @@ class Staging:
     """Buffers of equal size, each large enough for the largest block; made when first needed. Thread-safe."""
 
     def __init__(self, block_nbytes_max: int, allocate: Callable[[int], tuple[int, Any]] = host_memory) -> None:
-        slack = ITEMS_PER_BATCH_MAX * TENSOR_ALIGNMENT  # blocks are aligned when they share a buffer
         self.capacity = max(block_nbytes_max, BUFFER_NBYTES_MIN)
-        self.nbytes = -(-(self.capacity + slack) // PAGE_NBYTES) * PAGE_NBYTES
+        self.nbytes = -(-(self.capacity + SLACK_NBYTES) // PAGE_NBYTES) * PAGE_NBYTES
         self.count = max(BUFFERS_MIN, min(BUFFERS_MAX, STAGING_NBYTES // self.nbytes))
         self._allocate = allocate
         self._memory: Any = None
