@@ -1,0 +1,133 @@
+"""Where a starting node's bytes come from: peers, else the disk, as it was told; and whose weights win."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shm import ExpertKey, HotspareError, attach
+from transfer.synth import write_checkpoint
+
+Blocks = Mapping[ExpertKey, bytes]
+
+
+def held(namespace: str, node: str) -> dict[ExpertKey, bytes]:
+    """The bytes of every block that the node's segment has published, found without it."""
+    with attach("moe", namespace=namespace, node=node) as weights:
+        return {weights.manifest.keys[row]: bytes(weights.block(row)) for row in weights.rows().tolist()}
+
+
+def bytes_by_source(daemon: Any) -> dict[str, int]:
+    total = {"local": 0, "peer": 0, "disk": 0}
+    for restore in daemon.get("/v1/restores")["restores"]:
+        for source, nbytes in restore["bytes_by_source"].items():
+            total[source] += nbytes
+    return total
+
+
+@pytest.fixture
+def ports(free_port: Callable[[], int]) -> dict[str, int]:
+    return {f"n{i}": free_port() for i in range(2)}
+
+
+def test_a_node_without_a_checkpoint_has_everything_from_its_peers(
+    serve: Callable[..., Any],
+    ports: dict[str, int],
+    namespace: str,
+    moe_checkpoint: Path,
+    expected_blocks: Callable[..., Blocks],
+) -> None:
+    empty = serve("n1", ports).wait_live()  # first: it waits for a peer that has a manifest
+    assert empty.ask("GET", "/readyz").status_code == 503
+    serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
+    empty.wait_ready()
+    expected = expected_blocks(moe_checkpoint)
+    assert held(namespace, "n1") == expected
+    assert bytes_by_source(empty) == {"local": 0, "peer": sum(map(len, expected.values())), "disk": 0}
+
+
+def test_peers_come_before_the_disk(
+    serve: Callable[..., Any], ports: dict[str, int], namespace: str, moe_checkpoint: Path
+) -> None:
+    serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
+    second = serve("n1", ports, checkpoint=moe_checkpoint).wait_ready()
+    assert bytes_by_source(second)["disk"] == 0
+    assert held(namespace, "n1") == held(namespace, "n0")
+
+
+def test_the_disk_alone_when_told_so(
+    serve: Callable[..., Any], ports: dict[str, int], namespace: str, moe_checkpoint: Path
+) -> None:
+    serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
+    second = serve("n1", ports, checkpoint=moe_checkpoint, fill="disk").wait_ready()
+    assert bytes_by_source(second)["peer"] == 0
+
+
+def test_nothing_until_a_restore_is_asked_for(
+    serve: Callable[..., Any], ports: dict[str, int], namespace: str, moe_checkpoint: Path
+) -> None:
+    serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
+    second = serve("n1", ports, checkpoint=moe_checkpoint, fill="none").wait_live().wait_alive("n0")
+    assert second.get("/v1/restores")["restores"] == []
+    assert second.get("/v1/node")["state"] == "waiting"
+    document = second.wait_restore(second.restore())
+    assert document["state"] == "succeeded"
+    second.wait_ready()
+
+
+def test_peers_with_other_weights_never_win_over_the_checkpoint(
+    serve: Callable[..., Any],
+    ports: dict[str, int],
+    namespace: str,
+    moe_checkpoint: Path,
+    tmp_path: Path,
+    expected_blocks: Callable[..., Blocks],
+) -> None:
+    """Same names, same headers, other bytes: peers still hold the model as it was before it was exchanged."""
+    other = tmp_path / "other"
+    write_checkpoint(other, "deepseek-v3", layers=6, experts=13, scale=0.06, seed=4, file_nbytes=3333333)
+    serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
+    second = serve("n1", ports, checkpoint=other)
+    expected = expected_blocks(other)
+    sealed_with: list[Blocks] = []
+    second.wait_live()
+    while True:  # nobody may attach to the wrong ones meanwhile
+        try:
+            with attach("moe", namespace=namespace, node="n1") as weights:
+                found = {weights.manifest.keys[row]: bytes(weights.block(row)) for row in weights.rows().tolist()}
+            sealed_with.append(found)
+        except HotspareError:
+            pass
+        if second.ask("GET", "/readyz").status_code == 200:
+            break
+    assert all(found == expected for found in sealed_with)
+    assert held(namespace, "n1") == expected
+    assert "peers hold other weights" in second.said()
+
+
+def test_a_checkpoint_that_comes_back_serves_again(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    namespace: str,
+    moe_checkpoint: Path,
+    tmp_path: Path,
+    expected_blocks: Callable[..., Blocks],
+) -> None:
+    """It went between the headers and the bytes; the node goes on by itself when it is there again."""
+    directory = Path(shutil.copytree(moe_checkpoint, tmp_path / "there"))
+    ports = {"n0": free_port()}
+    daemon = serve("n0", ports, checkpoint=directory, fill="none").wait_live()
+    directory.rename(tmp_path / "away")
+    document = daemon.wait_restore(daemon.restore())
+    assert document["state"] == "failed"
+    assert len(document["failed"]) == 39
+    assert "cannot be opened" in document["failed"][0]["reason"]
+    assert daemon.ask("GET", "/readyz").status_code == 503
+    (tmp_path / "away").rename(directory)
+    assert daemon.wait_restore(daemon.restore())["state"] == "succeeded"
+    daemon.wait_ready()
+    assert held(namespace, "n0") == expected_blocks(moe_checkpoint)
