@@ -7,11 +7,13 @@ import threading
 import time
 
 from app.node import Node
-from app.restores import RestoreStore
+from app.restores import LocalRestore, RestoreStore
 from shm.errors import HotspareError
+from shm.layout import SegmentState
 from shm.manifest import ExpertKey
 from transfer.errors import CheckpointError
 from transfer.origin import first_difference
+from transfer.progress import Report
 from transfer.sources import SourceKind
 
 LOOK_INTERVAL_S = 0.5  # between looks at whether peers have something new
@@ -35,6 +37,7 @@ class Filler:
     def __init__(self, node: Node, store: RestoreStore) -> None:
         self._node = node
         self._store = store
+        self._kinds = KINDS.get(node.settings.fill, frozenset())
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hotspare-fill", daemon=True)
 
@@ -48,23 +51,27 @@ class Filler:
             self._thread.join()
 
     def _run(self) -> None:
-        kinds = KINDS[self._node.settings.fill]
         tried, tried_at = "", -RETRY_INTERVAL_S
         while not self._stopped.is_set():
-            if self._node.manifest is not None and not len(self._node.missing()):
-                return
-            if SourceKind.PEER in kinds:
-                self._node.cluster.refresh()
-            known = self._node.cluster.revision()
-            is_due = known != tried or time.monotonic() - tried_at >= RETRY_INTERVAL_S
-            if is_due and self._can_begin():
-                tried, tried_at = known, time.monotonic()
-                try:
-                    self._fill(kinds)
-                except HotspareError as error:
-                    _log.error("filling the node failed: %s", error)
-            else:
-                self._stopped.wait(LOOK_INTERVAL_S)
+            try:
+                if self._is_complete():
+                    if not self._replace_foreign():
+                        return
+                    tried_at = -RETRY_INTERVAL_S
+                if SourceKind.PEER in self._kinds:
+                    self._node.cluster.refresh()
+                known = self._node.cluster.revision()
+                is_due = known != tried or time.monotonic() - tried_at >= RETRY_INTERVAL_S
+                if is_due and self._can_begin():
+                    tried, tried_at = known, time.monotonic()
+                    self._fill()
+                    continue
+            except HotspareError as error:
+                _log.error("filling the node failed: %s", error)
+            self._stopped.wait(LOOK_INTERVAL_S)
+
+    def _is_complete(self) -> bool:
+        return self._node.manifest is not None and not len(self._node.missing())
 
     def _can_begin(self) -> bool:
         """Whether a restore has anything to go by: a manifest, ours or a peer's."""
@@ -78,27 +85,33 @@ class Filler:
         manifest = self._node.manifest
         return None if manifest is None else tuple(manifest.keys[row] for row in self._node.missing())
 
-    def _fill(self, kinds: frozenset[SourceKind]) -> None:
-        restore = self._store.start_local(self._missing(), kinds)
-        restore.finished.wait()
-        report = restore.progress.report()
+    def _fill(self) -> None:
+        report = self._finish(self._store.start_local(self._missing(), self._kinds))
         if report.error:
             _log.error("the node is not complete: %s", report.error)
-        if report.ok and report.bytes_by_source[SourceKind.PEER] and SourceKind.DISK in kinds:
-            self._hold_against_checkpoint()
 
-    def _hold_against_checkpoint(self) -> None:
-        """Peers of a model that was exchanged under its name hold other weights than --checkpoint: those win."""
+    def _finish(self, restore: LocalRestore) -> Report:
+        while not restore.finished.wait(LOOK_INTERVAL_S) and not self._stopped.is_set():
+            continue
+        return restore.progress.report()
+
+    def _replace_foreign(self) -> bool:
+        """Fill from disk what was left unsealed, being other weights than --checkpoint has; whether there was such.
+
+        Peers hold them when a model was exchanged under its name: the checkpoint wins.
+        """
         node = self._node
-        if node.checkpoint is None:
-            return
+        if node.checkpoint is None or node.settings.fill != "auto" or node.segment.state is SegmentState.SEALED:
+            return False
         try:
             key = first_difference(node.checkpoint, node.segment)
         except CheckpointError as error:
             _log.warning("what came from peers was not compared with the checkpoint: %s", error)
-            return
-        if key is not None:
-            _log.error("peers hold other weights than %s (first %s): filling from disk", node.checkpoint.directory, key)
-            node.renew()
-            node.use_manifest(node.checkpoint.manifest)
-            self._store.start_local(None, KINDS["disk"]).finished.wait()
+            return False
+        if key is None:
+            return False
+        _log.error("peers hold other weights than %s (first %s): filling from disk", node.checkpoint.directory, key)
+        node.renew()
+        node.use_manifest(node.checkpoint.manifest)
+        self._kinds = KINDS["disk"]  # until it is complete: never the weights of both
+        return True

@@ -56,6 +56,7 @@ class SegmentDestination:
     def __init__(self, segment: Segment, changed: Callable[[], None]) -> None:
         self._segment = segment
         self._changed = changed
+        self._memory = segment.mappings()  # sources write to addresses: those must outlive a renewal
 
     def begin(self, want: Want) -> None:
         self._segment.quarantine(want.row)
@@ -335,19 +336,28 @@ class Node:
             if self._segment is None or self.manifest is None or len(self.missing()):
                 return
             checkpoint = self.checkpoint
+            differs = False
             if checkpoint is not None and checkpoint.manifest.digest == self.manifest.digest:
-                self._record_origin(checkpoint)
+                differs = self._record_origin(checkpoint) is not None
+            if differs and self.settings.fill == "auto" and self.segment.state is not SegmentState.SEALED:
+                return  # no reader may find what the filler is about to replace by the checkpoint's own
             if not len(self.segment.rows(BlockState.RESERVED, BlockState.QUARANTINED)):
                 self.segment.seal()
             self._changes += 1
 
-    def _record_origin(self, checkpoint: Checkpoint) -> None:
+    def _record_origin(self, checkpoint: Checkpoint) -> ExpertKey | None:
+        """Note whose content this is, if it is the checkpoint's; else the first block that differs."""
         try:
             origin = identity(checkpoint)
-            if self.segment.header.origin != origin and first_difference(checkpoint, self.segment) is None:
+            if self.segment.header.origin == origin:
+                return None
+            key = first_difference(checkpoint, self.segment)
+            if key is None:
                 self.segment.record_origin(origin)
         except CheckpointError as error:
             _log.warning("the content was not compared with the checkpoint: %s", error)
+            return None
+        return key
 
     # -- stopping --------------------------------------------------------------------------------------------
 

@@ -267,6 +267,10 @@ class Segment:
             if start < e.end
         ]
 
+    def mappings(self) -> tuple[memoryview, ...]:
+        """Views of all its memory: while they live, its addresses stay mapped, whatever becomes of the segment."""
+        return tuple(extent.view for extent in self._extents)
+
     def rows(self, *states: BlockState) -> npt.NDArray[np.int64]:
         """Ascending manifest rows whose block is in one of these states."""
         return np.flatnonzero(np.isin(self._table["state"], states))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import mmap
 import os
 import signal
@@ -572,6 +574,18 @@ def test_views_outlive_closing_and_the_lock_does_not(sealed: Callable[..., Segme
     block[0] ^= 1
     assert checksum(again.block(4)) != expected, "one object, not a copy"
     again.close()
+
+
+def test_addresses_stay_mapped_while_a_restore_holds_them(sealed: Callable[..., Segment]) -> None:
+    """Sources write to bare addresses: a segment that is given up meanwhile must not be unmapped under them."""
+    segment = sealed()
+    address, nbytes, expected = segment.address(0), len(segment.block(0)), segment.checksum(0)
+    held = segment.mappings()
+    segment = segment.renew()
+    gc.collect()
+    assert checksum(ctypes.string_at(address, nbytes)) == expected
+    assert sum(map(len, held)) > nbytes
+    segment.unlink()
 
 
 def test_unlinking_removes_the_name_and_leaves_another_ones_object(namespace: str) -> None:
