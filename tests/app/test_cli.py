@@ -240,20 +240,20 @@ def test_ls_names_what_cannot_be_read(namespace: str) -> None:
 
 
 def test_rm_refuses_a_living_owner_by_pid_and_removes_what_nobody_owns(checkpoint: Path, namespace: str) -> None:
-    owned = make_segment(checkpoint, namespace, "node-a")
-    make_segment(checkpoint, namespace, "node-b").close()
+    make_segment(checkpoint, namespace, "node-a").close()
+    owned = make_segment(checkpoint, namespace, "node-b")  # the later one: the first must not be gone by then
     try:
         refused = hotspare("rm", MODEL, "--namespace", namespace)
         assert refused.returncode == 1
         assert str(os.getpid()) in refused.stderr
         assert len([each for each in object_names() if namespace in each]) == 2, "nothing goes if one may not"
         done = hotspare("rm", "--all", "--namespace", namespace, "--json")
-        assert [each["node_id"] for each in json.loads(done.stdout)["removed"]] == ["node-b"]
+        assert [each["node_id"] for each in json.loads(done.stdout)["removed"]] == ["node-a"]
     finally:
         owned.close()
     assert hotspare("rm", MODEL).returncode == 1, "a model is looked for in its namespace only"
     assert hotspare("rm", MODEL, "--namespace", namespace, "--node", "node-c").returncode == 1
-    done = hotspare("rm", MODEL, "--namespace", namespace, "--node", "node-a")
+    done = hotspare("rm", MODEL, "--namespace", namespace, "--node", "node-b")
     assert done.returncode == 0
     assert owned.name.object_name in done.stdout
     assert not [each for each in object_names() if namespace in each]
@@ -335,6 +335,17 @@ def test_a_node_told_to_wait_leaves_no_unsealed_segment_when_it_stops(
     with serving(tmp_path, [*options(checkpoint, namespace), "--fill", "none"]) as daemon:
         daemon.wait_for("waiting")
         assert [each for each in object_names() if namespace in each]
+        assert daemon.stop() == 0
+    assert not [each for each in object_names() if namespace in each]
+
+
+def test_a_node_that_is_told_to_stop_while_it_opens_leaves_nothing(
+    checkpoint: Path, namespace: str, tmp_path: Path
+) -> None:
+    with serving(tmp_path, [*options(checkpoint, namespace), "--fill", "none"]) as daemon:
+        deadline = time.monotonic() + DEADLINE_S
+        while not [each for each in object_names() if namespace in each]:
+            assert time.monotonic() < deadline, daemon.err.read_text()
         assert daemon.stop() == 0
     assert not [each for each in object_names() if namespace in each]
 
