@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import orjson
@@ -50,9 +49,13 @@ class ControlPlane:
     """The nodes' HTTP side, our own node's first. Remembers every node that one of them named. Thread-safe."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = httpx.URL(url)
+        except httpx.InvalidURL:
+            parts = httpx.URL()
+        if parts.scheme not in ("http", "https") or not parts.host:
             raise InvalidInput(f"{url!r} is not a node's URL: write http://HOST:PORT")
+        self.address = (parts.host, parts.port or {"http": 80, "https": 443}[parts.scheme])
         self.urls = [url.rstrip("/")]
         self._by_node: dict[str, str] = {}
         self._http = httpx.Client(
@@ -173,7 +176,7 @@ class Restorer:
         self._control = ControlPlane(url, token)
         self._model, self._namespace, self._node = model, namespace, node
         self._disk = LastResort(checkpoint)
-        self._lease = EngineLease(engine, engine_host, transport, url)
+        self._lease = EngineLease(engine, engine_host, transport, self._control.address)
         self._straight = straight
         self._segment = LocalSegment()
         self._slots: Slots | None = None

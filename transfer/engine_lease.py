@@ -6,7 +6,6 @@ import logging
 import socket
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from transfer.engine import MooncakeEngine, TransferEngine
 from transfer.errors import EngineError
@@ -17,10 +16,10 @@ _log = logging.getLogger("hotspare.restorer")
 class EngineLease:
     """An engine, and the memory that is registered with it for us. Not thread-safe."""
 
-    def __init__(self, engine: Any, host: str | None, transport: str, towards: str) -> None:
+    def __init__(self, engine: Any, host: str | None, transport: str, towards: tuple[str, int]) -> None:
         """`engine` is Mooncake's, or ours, or None: then one is started when it is needed, reachable at `host`.
 
-        Without a host it is this host's address on the way to the URL `towards`.
+        Without a host it is this host's address on the way to `towards`, a host and port.
         """
         if engine is not None and hasattr(engine, "batch_transfer_sync_read"):
             engine = MooncakeEngine.wrap(engine, host or address_towards(towards))
@@ -64,11 +63,10 @@ class EngineLease:
         return self.is_ours
 
 
-def address_towards(url: str) -> str:
-    """This host's address on the way to a URL's host. Sends nothing."""
-    parts = urlsplit(url)
+def address_towards(host_and_port: tuple[str, int]) -> str:
+    """This host's address on the way to another. Sends nothing."""
     try:
-        family, kind, _, _, where = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, where = socket.getaddrinfo(*host_and_port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(where)
             return str(probe.getsockname()[0])
