@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import posix_ipc
-from workbench import GIB, MIB, MODEL, Bench, Daemon, Figure, Pairs, arguments, bench, paired, tell
+from workbench import GIB, MIB, MODEL, Bench, Daemon, Figure, Pairs, arguments, bench, paired, shape_of, tell
 
 from app.node import SegmentDestination
 from shm import posix
@@ -173,14 +173,14 @@ def main() -> None:
     )
     figures = []
     with bench() as made:
-        directory = made.checkpoint(int(options.gib * GIB))
+        directory = made.checkpoint("checkpoint", shape_of(int(options.gib * GIB)))
         pairs = speed(made, directory, options.rounds)
         rates = f"{pairs.rate(pairs.ours_s)} against {pairs.rate(pairs.bare_s)}; rounds {pairs.spread}"
         what, target = f"fill, {pairs.nbytes / GIB:.1f} GiB, of bare preadv", f"at least {SPEED_MIN}"
         figures.append(Figure(what, f"{pairs.ratio:.2f}", target, pairs.ratio >= SPEED_MIN, rates))
         peaks = [memory(made, directory)]
         if options.large_gib:
-            peaks.append(memory(made, made.checkpoint(int(options.large_gib * GIB), sparse=True)))
+            peaks.append(memory(made, made.checkpoint("large", shape_of(int(options.large_gib * GIB)), sparse=True)))
     figures += [
         Figure(
             f"memory beyond the segment, {nbytes / GIB:.1f} GiB", f"{peak / MIB:.0f} MiB",

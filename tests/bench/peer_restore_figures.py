@@ -2,11 +2,11 @@
 
     python tests/bench/peer_restore_figures.py [--gib 1] [--rounds 7]
 
-The peer is a real `hotspare serve` that has filled itself. Ours: `Segment.allocate`, registration, then a `Restore` from
-a `PeerSource` with the checksums that the peer's shard map tells, sealing included. The baseline: a new object of the
-same size, reserved, mapped and registered in the same way, and one loop of Mooncake's `batch_transfer_sync_read` over the
-same bytes, in the batches that the planner makes, with the same engine in the same process, and no checksum. Both pay for
-the first touch of every page.
+The peer is a real `hotspare serve` that has filled itself. Ours: `Segment.allocate`, registration, then a `Restore`
+from a `PeerSource` with the checksums that the peer's shard map tells, sealing included. The baseline: a new object of
+the same size, reserved, mapped and registered in the same way, and one loop of Mooncake's `batch_transfer_sync_read`
+over the same bytes, in the batches that the planner makes, with the same engine in the same process, and no checksum.
+Both pay for the first touch of every page.
 
 The disk: the same blocks from the checkpoint's files, with the page cache warm, and with the files' pages dropped
 before each run. What a disk gives cold is that machine's, and no target.
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from workbench import GIB, MODEL, Bench, Daemon, Figure, arguments, bench, paired, tell
+from workbench import GIB, MODEL, Bench, Daemon, Figure, arguments, bench, paired, shape_of, tell
 
 from app.daemon import silence_native_output
 from app.node import SegmentDestination
@@ -126,7 +126,7 @@ class Scene:
 def main() -> None:
     options = arguments(__doc__, gib=(1.0, "GiB of experts"), rounds=(7, "pairs of runs"))
     with bench() as made:
-        directory = made.checkpoint(int(options.gib * GIB))
+        directory = made.checkpoint("checkpoint", shape_of(int(options.gib * GIB)))
         with Daemon(made, PEER, "--checkpoint", str(directory), "--fill", "disk") as daemon:
             daemon.wait_until_ready()
             with silence_native_output():

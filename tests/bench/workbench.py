@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ FAMILY = "deepseek-v3"  # block fp8 with scales: six tensors a block, scales apa
 SCALE = 0.25  # blocks of 2.7 MB
 DENSE_LAYERS = 3  # the model's first ones, and it has 256 experts in each of the others
 EXPERTS_MAX = 256
+WHOLE_MODEL: Mapping[str, Any] = {"layers": 61, "experts": EXPERTS_MAX, "scale": 1 / 32}  # every block, but small
 GIB = 1 << 30
 MIB = 1 << 20
 READY_TIMEOUT_S = 300.0
@@ -60,10 +61,9 @@ class Bench:
     def name(self, node: str) -> SegmentName:
         return SegmentName(self.namespace, MODEL, node)
 
-    def checkpoint(self, nbytes: int, *, sparse: bool = False) -> Path:
-        """A checkpoint whose experts take about `nbytes`; `sparse`: real headers over files that are one hole."""
-        directory = self.directory / f"checkpoint-{nbytes}{'-sparse' if sparse else ''}"
-        shape = shape_of(nbytes)
+    def checkpoint(self, name: str, shape: Mapping[str, Any], *, sparse: bool = False) -> Path:
+        """A checkpoint of that shape; `sparse`: real headers over files that are otherwise one hole."""
+        directory = self.directory / name
         if not sparse:
             write_checkpoint(directory, FAMILY, **shape)
             return directory
