@@ -18,6 +18,7 @@ from enum import StrEnum
 import numpy as np
 
 from app.cluster import Cluster
+from app.membership import PeerState
 from app.placement import Int64s, Placement
 from app.settings import Settings
 from shm.checksum import CHECKSUM_NBYTES, checksum
@@ -279,19 +280,28 @@ class Node:
     def _offers(
         self, rows: Sequence[int], kinds: Collection[SourceKind]
     ) -> tuple[list[list[Source]], dict[int, list[Offer]], dict[int, bytes]]:
-        """Who has what: in place, then peers, then disk; and the checksum that each row must have."""
+        """Who has what, and the checksum that each row must have.
+
+        In place, then peers, then disk; last, peers that did not answer just now: the engine would wait for them, up to
+        a minute, and move nothing else meanwhile.
+        """
         segment = self.segment
         published = set(segment.rows(BlockState.PUBLISHED).tolist())
         expected = {row: c for row in rows if (c := segment.checksum(row)) != UNKNOWN_CHECKSUM}
         offers = {row: [Offer(IN_PLACE, segment.address(row))] if row in published else [] for row in rows}
         tiers: list[list[Source]] = [[InPlace(IN_PLACE)]]
+        peers: list[Source] = []
         if SourceKind.PEER in kinds:
-            tiers.append(self._offer_peers(rows, offers, expected))
+            peers = self._offer_peers(rows, offers, expected)
+            alive = {peer.node_id for peer in self.cluster.peers() if peer.state is PeerState.ALIVE}
+            tiers.append([source for source in peers if source.name in alive])
+            peers = [source for source in peers if source.name not in alive]
         if SourceKind.DISK in kinds and (checkpoint := self._reachable_checkpoint()) is not None:
             disk = DiskSource(checkpoint, DISK)
             tiers.append([disk])
             for row in rows:
                 offers[row].append(Offer(DISK, disk.position(row)))
+        tiers.append(peers)
         return tiers, offers, expected
 
     def _offer_peers(
