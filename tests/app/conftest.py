@@ -1,0 +1,146 @@
+"""A node within the test's process, behind a real socket; and a peer that says whatever the test wants it to."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from app.context import Context
+from app.main import create_app
+from app.settings import Settings
+
+DEADLINE_S = 30.0
+
+
+class Live:
+    """A running app: its address and, of a node, its parts."""
+
+    def __init__(self, url: str, context: Context | None) -> None:
+        self.url = url
+        self.http = httpx.Client(base_url=url, trust_env=False, timeout=DEADLINE_S)
+        self._context = context
+
+    @property
+    def context(self) -> Context:
+        assert self._context is not None
+        return self._context
+
+    def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self.http.request(method, path, **options)
+
+
+@contextmanager
+def _served(app: Any) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def live_node(namespace: str, wait_until: Callable[..., Any]) -> Iterator[Callable[..., Live]]:
+    """`live_node(checkpoint=…, fill=…, peers=…, token=…)` → a `Live` node "n" of model "moe", without a fill."""
+    with ExitStack() as stack:
+
+        def start(checkpoint: Path | None = None, fill: str = "none", **options: Any) -> Live:
+            settings = Settings.model_validate(
+                {
+                    "model": "moe",
+                    "node_id": "n",
+                    "namespace": namespace,
+                    "checkpoint": checkpoint,
+                    "fill": fill,
+                    **options,
+                }
+            )
+            context = Context.open(settings)
+            stack.callback(context.stop)
+            url = stack.enter_context(_served(create_app(settings, context)))
+            wait_until(lambda: _answers(url), "the node answers")
+            live = Live(url, context)
+            stack.callback(live.http.close)
+            return live
+
+        yield start
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+Answer = tuple[int, bytes | Iterable[bytes]]
+
+
+class OddPeer:
+    """Serves what `answers` says for "METHOD /path", or for any other what `answers["*"]` says; notes each request."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer | Callable[[], Answer]] = {"*": (404, b"{}")}
+        self.asked: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        odd = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None: ...
+
+            def answer(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                name = f"{self.command} {self.path.split('?')[0]}"
+                odd.asked.append(name)
+                odd.headers.append({key.lower(): value for key, value in self.headers.items()})
+                said = odd.answers.get(name, odd.answers["*"])
+                status, body = said() if callable(said) else said
+                self.send_response(status)
+                self.end_headers()
+                try:
+                    for chunk in [body] if isinstance(body, bytes) else body:
+                        self.wfile.write(chunk)
+                        self.wfile.flush()
+                except OSError:  # the other side hung up
+                    return
+
+            do_GET = do_POST = answer
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening: from now on, connections are refused."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+            self._server.server_close()
+
+
+@pytest.fixture
+def odd_peer() -> Iterator[Callable[[], OddPeer]]:
+    """`odd_peer()` → an `OddPeer`, closed at the end of the test."""
+    made: list[OddPeer] = []
+
+    def make() -> OddPeer:
+        made.append(OddPeer())
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
