@@ -17,16 +17,20 @@ def view(address: int, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
 
-def populate(buffer: memoryview) -> None:
-    """Have the pages of a writable buffer mapped in one go, before bytes are copied in: one fault a page is slower.
+def populate(address: int, nbytes: int) -> None:
+    """Have the pages of writable memory mapped in one go, before bytes are copied in: one fault a page is slower.
 
-    Only advice: a kernel that refuses it maps them as they are touched, and a shortage shows then.
+    Only advice: a kernel that refuses it maps them as they are touched, and a shortage shows then. Memory that is not
+    the host's is passed over.
     """
-    if buffer.nbytes:
-        address = ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
+    if nbytes:
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
-        length = address + buffer.nbytes - start
-        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_POPULATE_WRITE)
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + nbytes - start), MADV_POPULATE_WRITE)
+
+
+def address_of(buffer: memoryview) -> int:
+    """Where a writable buffer lies."""
+    return ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
 
 
 def gather(pieces: tuple[Piece, ...]) -> memoryview | None:

@@ -20,7 +20,7 @@ from shm.manifest import TENSOR_ALIGNMENT, TensorSpec
 from transfer.checkpoint import Checkpoint
 from transfer.engine import TransferEngine
 from transfer.errors import CheckpointError
-from transfer.memory import gather, populate, scatter
+from transfer.memory import address_of, gather, populate, scatter
 from transfer.plan import Batch, Limits, split
 
 READ_CHUNK_NBYTES = 1 << 20  # read, then checksummed while it is still in the core's cache
@@ -115,6 +115,8 @@ class PeerSource:
 
     def fetch(self, batch: Batch) -> Mapping[int, bytes]:
         for call in split(batch.copies, self.limits):
+            for copy in call:
+                populate(copy.destination, copy.nbytes)
             self._engine.read(self.session_id, call)
         return {}
 
@@ -201,7 +203,7 @@ class DiskSource:
         while done < run.nbytes:
             size = min(READ_CHUNK_NBYTES, run.nbytes - done)
             chunk = into[run.offset + done : run.offset + done + size]
-            populate(chunk)
+            populate(address_of(chunk), chunk.nbytes)
             try:
                 got = os.preadv(descriptor, [chunk], run.file_offset + done)
             except OSError as error:
