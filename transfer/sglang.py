@@ -26,6 +26,7 @@ from transfer.slots import Slots
 DEFAULT_URL = "http://127.0.0.1:8470"
 RETRY_INTERVAL_S = 5.0  # while no node of the model answers and none left a segment
 STOP_WAIT_S = 10.0
+FAILED_SHOWN_MAX = 10  # in the log, of one restore
 
 Key = tuple[int, int]
 
@@ -117,21 +118,20 @@ class HotspareBackupClient:
         assert restorer is not None
         parameters = {name: p for name, p in engine.parameters().items() if fused_name(name) is not None}
         placement = _placement(engine, parameters)
-        state = (placement, {name: p.data_ptr() for name, p in parameters.items()})
+        layout, tp_rank, tp_size = kernels = _kernels(engine)
+        slots = Slots.fused(
+            parameters,
+            physical_to_logical=placement,
+            ep_rank=engine.ep_rank,
+            ep_size=engine.ep_size,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            layout=layout,
+        )
+        state = (placement, kernels, [(tensor.name, tensor.address) for tensor in slots.tensors])
         if state != self._bound:
-            layout, tp_rank, tp_size = _kernels(engine)
             self._bound = None
-            restorer.bind(
-                Slots.fused(
-                    parameters,
-                    physical_to_logical=placement,
-                    ep_rank=engine.ep_rank,
-                    ep_size=engine.ep_size,
-                    tp_rank=tp_rank,
-                    tp_size=tp_size,
-                    layout=layout,
-                )
-            )
+            restorer.bind(slots)
             self._bound = state
         known = restorer.restore(predicate=lambda name: False)  # moves nothing, and fails without a manifest
         return None if known.ok else "; ".join(known.notes) or "no node has the model's manifest"
@@ -148,6 +148,8 @@ class HotspareBackupClient:
                 report = self._restorer.restore(predicate=name_filter)
                 done, total, seconds = report.experts_done, report.experts_total, report.seconds
                 _log.info("%d of %d experts in %.2f s, bytes %s", done, total, seconds, dict(report.bytes_by_source))
+                for failed in report.failed[:FAILED_SHOWN_MAX]:
+                    _log.warning("layer %d, expert %d: %s", *failed.key, failed.reason)
                 if report.experts_done or not report.failed:
                     return {(failed.key.layer, failed.key.expert) for failed in report.failed}
                 reason = report.failed[0].reason

@@ -274,12 +274,13 @@ def test_experts_that_do_not_divide_among_nodes_a_dead_node_and_a_late_rank_are_
     moe_checkpoint: Path,
     moe: Stored,
     client: Callable[..., HotspareBackupClient],
+    wait_until: Callable[..., Any],
 ) -> None:
     ports = {name: free_port() for name in ("n0", "n1", "n2")}  # 13 experts a layer, on 3 nodes
     nodes = [serve(name, ports, checkpoint=moe_checkpoint, fill="disk", replicas=2) for name in ports]
     for node in nodes:
         node.wait_ready()
-    nodes[0].wait_alive("n1", "n2")
+    wait_until(lambda: nodes[0].get("/v1/coverage")["total"]["by_replicas"]["2"] == 39, "every map")
     first, late = (Rank(moe, shuffled(16), ep_rank, 2) for ep_rank in (0, 1))
     expected = copies(first)
     expect(first, expected)
@@ -367,6 +368,24 @@ def test_without_a_node_sglang_reloads_itself_until_one_is_there(
     assert rank.reloaded == [set(moe)]
     serve("n0", {"n0": port}, checkpoint=moe_checkpoint, fill="disk").wait_ready()
     wait_until(lambda: backup.use_backup, "found the node")
+
+
+def test_weights_that_a_kernel_rewrote_after_binding_are_left_to_sglang_for_good(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+) -> None:
+    url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
+    rank = Rank(moe, shuffled(13))
+    backup = client(rank, url)
+    next(rank.runner.model.parameters()).format_ue8m0 = True
+    backup.update_weights()
+    assert rank.reloaded == [set(moe)]
+    assert backup._preparing is not None
+    backup._preparing.join(20)
+    assert backup.use_backup is False
 
 
 @pytest.mark.parametrize(
