@@ -306,6 +306,7 @@ def test_a_shortage_that_shows_only_while_reserving_gives_everything_back(small_
 segment = Segment.claim(name)
 before = used()
 posix.free_nbytes = lambda: 1 << 40
+posix.RESERVE_STEP_NBYTES = 1 << 20  # several steps succeed before one fails
 try:
     segment.allocate(manifest, range(20))
 except SharedMemoryFull as error:
