@@ -155,17 +155,10 @@ class HotspareBackupClient:
                 reason = report.failed[0].reason
         except Exception as error:  # an engine must survive whatever is wrong here
             reason = _said(error)
-            if isinstance(error, SlotMismatch):
-                self._give_up(reason, for_good=True)
-                return None
-        self._give_up(reason, for_good=False)
-        return None
-
-    def _give_up(self, reason: str, *, for_good: bool) -> None:
         _log.warning("experts are reloaded from disk: %s", reason)
         self.use_backup = False
-        if not for_good:
-            self._prepare_in_background()
+        self._prepare_in_background()
+        return None
 
     def _reload(self, name_filter: NameFilter | None, missing: set[Key] | None) -> None:
         """Have SGLang load from disk what memory did not have. Raises RuntimeError."""
@@ -186,6 +179,11 @@ class HotspareBackupClient:
             self._engine.reload(wanted)
         except Exception as error:
             raise RuntimeError(f"{what} could be had neither from memory nor from disk: {_said(error)}") from error
+
+
+def run_expert_backup_manager(server_args: Any, port_args: Any) -> None:
+    """Takes the place of SGLang's function of that name, and starts nothing: the nodes keep the backup."""
+    _log.info("expert weights are kept by Hotspare's nodes: no backup process is started")
 
 
 def _said(error: Exception) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from transfer.sglang import HotspareBackupClient
+from transfer.sglang import HotspareBackupClient, run_expert_backup_manager
 from transfer.sglang_engine import EXPERT_LOCATION
 from transfer.synth import write_checkpoint
 
@@ -416,3 +416,9 @@ def test_a_process_that_is_not_sglang_as_known_gets_no_exception(client: Callabl
     with pytest.raises(RuntimeError, match="reload them from disk"):
         backup.update_weights()
     backup.close()
+
+
+def test_sglang_starts_no_backup_process_of_its_own_and_none_of_it_is_imported(python: Callable[..., Any]) -> None:
+    assert run_expert_backup_manager(None, None) is None  # type: ignore[func-returns-value]
+    code, out, _ = python("import sys, transfer.sglang; print([m for m in sys.modules if m[:6] == 'sglang'])").wait()
+    assert (code, out.strip()) == (0, "[]")
