@@ -59,7 +59,8 @@ class Ladder:
         if not rows:
             return
         staging = None if self._bound.device == CPU or attachment.pinned else self._bound.staging
-        source = LocalSlots(LOCAL, attachment, self._bound.memory, staging)
+        total = int(self._bound.manifest.nbytes[rows].sum())
+        source = LocalSlots(LOCAL, attachment, self._bound.memory, total, staging)
         self._run(rows, {row: [Offer(LOCAL, attachment.address(row))] for row in rows}, [[source]])
 
     def climb(

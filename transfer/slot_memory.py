@@ -39,17 +39,18 @@ class BoundSlots:
         self.manifest = manifest
         self.table = SlotTable(slots.plan(manifest), manifest)
         self.device = device_of(slots)
-        largest = int(manifest.nbytes[self.table.rows].max())
+        nbytes = manifest.nbytes[self.table.rows]
+        sizes = int(nbytes.max()), int(nbytes.sum())
         self.memory: SlotMemory
         if self.device == CPU:
-            self.staging = Staging(largest)
+            self.staging = Staging(*sizes)
             self.memory = HostSlots(self.table)
         else:
             from transfer.cuda import Cuda
             from transfer.device_slots import DeviceSlots
 
             cuda = Cuda(self.device)
-            self.staging = Staging(largest, cuda.allocate)
+            self.staging = Staging(*sizes, cuda.allocate)
             self.memory = DeviceSlots(self.table, cuda, self.staging)
 
     def close(self, *, is_engine_gone: bool) -> None:

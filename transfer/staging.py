@@ -18,11 +18,10 @@ import numpy as np
 from transfer.engine import TransferEngine
 from transfer.errors import EngineRefused, TransferFailed
 
-STAGING_NBYTES = 512 << 20  # of all buffers, unless two blocks are larger
-BUFFER_NBYTES_MIN = 32 << 20  # small blocks share a buffer
+STAGING_NBYTES = 640 << 20  # of all buffers, unless two blocks are larger
+BUFFER_NBYTES = 96 << 20  # small blocks share a buffer
 SLACK_NBYTES = 64 << 10  # blocks are aligned when they share a buffer
 BUFFERS_MIN = 2
-BUFFERS_MAX = 16
 WAIT_S_MAX = 60.0  # for a free buffer
 PAGE_NBYTES = 4096
 
@@ -49,10 +48,13 @@ def host_memory(nbytes: int) -> tuple[int, Any]:
 class Staging:
     """Buffers of equal size, each large enough for the largest block; made when first needed. Thread-safe."""
 
-    def __init__(self, block_nbytes_max: int, allocate: Callable[[int], tuple[int, Any]] = host_memory) -> None:
-        self.capacity = max(block_nbytes_max, BUFFER_NBYTES_MIN)
+    def __init__(
+        self, block_nbytes_max: int, total_nbytes: int, allocate: Callable[[int], tuple[int, Any]] = host_memory
+    ) -> None:
+        """`total_nbytes` is the most that will ever pass at once: a small model gets a small ring."""
+        self.capacity = max(block_nbytes_max, min(BUFFER_NBYTES, total_nbytes))
         self.nbytes = -(-(self.capacity + SLACK_NBYTES) // PAGE_NBYTES) * PAGE_NBYTES
-        self.count = max(BUFFERS_MIN, min(BUFFERS_MAX, STAGING_NBYTES // self.nbytes))
+        self.count = max(BUFFERS_MIN, min(STAGING_NBYTES // self.nbytes, -(-total_nbytes // self.capacity)))
         self._allocate = allocate
         self._memory: Any = None
         self._range = (0, 0)

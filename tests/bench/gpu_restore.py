@@ -1,0 +1,473 @@
+"""Restoring into GPU tensors, against a bare copy, safetensors and a bare read: `python tests/bench/gpu_restore.py`.
+
+Needs a CUDA device, a Mooncake wheel for CUDA, and host memory for four times `--gb`. The checkpoint is in the page
+cache, the nodes are real ones on this machine, and what lies on the device in the end is compared with the files.
+`--variants` also tries other ways and sizes than the defaults.
+"""
+
+# ruff: noqa: T201 - what it prints is what it is for
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import workbench
+from safetensors.torch import load_file, save_file
+from workbench import Bench, Daemon, bench
+
+from shm.attachment import Attachment
+from shm.errors import SegmentError
+from shm.manifest import ExpertKey
+from transfer import Restorer, device_slots, slot_sources
+from transfer.engine import Copy, MooncakeEngine
+from transfer.slots import Slots
+
+DEVICE = "cuda:0"
+HOST = "127.0.0.1"
+FILES = 16
+REPEATS = 5
+LOADER_THREADS = (1, 8, 16)
+READER_THREADS = (1, 2, 4)
+ITEM_NBYTES = 8 << 20
+CALL_NBYTES = 128 << 20
+ELSEWHERE = "elsewhere"  # a model name that finds no segment on this host, so that peers serve
+DEFAULT_NBYTES = 2 << 30  # moved with the engine's default settings
+# name → (H, I, has scales, experts a layer)
+SHAPES = {"fp8": (7168, 2048, True, 32), "bf16": (4096, 1536, False, 32)}  # DeepSeek-V3's, Qwen3-235B-A22B's
+ENGINE_SETTINGS = ("MC_NUM_TCP_IO_THREADS", "MC_TCP_ENABLE_CONNECTION_POOL", "MC_TCP_LANES_PER_PEER")
+
+Experts = dict[str, torch.Tensor]
+
+
+def best(run: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    """Seconds of each run, ascending; one before them is not counted."""
+    taken = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return sorted(taken[1:])
+
+
+# -- checkpoint and slots --------------------------------------------------------------------------------------
+
+
+def random_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    nbytes = int(torch.tensor(shape).prod()) * dtype.itemsize
+    raw = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=DEVICE)
+    return raw.cpu().view(dtype).view(*shape)
+
+
+def write_checkpoint(directory: Path, shape: str, nbytes: int) -> int:
+    """Experts alone, in FILES files; the number of layers."""
+    hidden, inner, has_scales, experts = SHAPES[shape]
+    dtype = torch.float8_e4m3fn if has_scales else torch.bfloat16
+    block = 3 * hidden * inner * dtype.itemsize
+    layers = max(1, round(nbytes / block / experts))
+    keys = [ExpertKey(layer, expert) for layer in range(layers) for expert in range(experts)]
+    directory.mkdir()
+    for file in range(FILES):
+        content: Experts = {}
+        for layer, expert in keys[file::FILES]:
+            for part, sides in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+                content[name] = random_tensor(sides, dtype)
+                if has_scales:
+                    scale = tuple(-(-side // 128) for side in sides)
+                    content[f"{name}_scale_inv"] = random_tensor(scale, torch.float32)
+        save_file(content, directory / f"model-{file + 1:05d}-of-{FILES:05d}.safetensors")
+    names = {}
+    for file in range(FILES):
+        path = f"model-{file + 1:05d}-of-{FILES:05d}.safetensors"
+        header = (directory / path).open("rb")
+        with header:
+            size = int.from_bytes(header.read(8), "little")
+            names |= {name: path for name in json.loads(header.read(size)) if name != "__metadata__"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return layers
+
+
+def parameters(shape: str, layers: int, tp: int = 1) -> Experts:
+    """What a rank with every expert has: fused, and full of other bytes."""
+    hidden, inner, has_scales, experts = SHAPES[shape]
+    inner //= tp
+    dtype = torch.float8_e4m3fn if has_scales else torch.bfloat16
+    held: Experts = {}
+    for layer in range(layers):
+        for part, sides in {"w13": (2 * inner, hidden), "w2": (hidden, inner)}.items():
+            name = f"model.layers.{layer}.mlp.experts.{part}_weight"
+            held[name] = torch.zeros((experts, *sides), dtype=dtype, device=DEVICE)
+            if has_scales:
+                scale = (experts, -(-sides[0] // 128), -(-sides[1] // 128))
+                held[f"{name}_scale_inv"] = torch.zeros(scale, dtype=torch.float32, device=DEVICE)
+    return held
+
+
+def poison(held: Experts) -> None:
+    for tensor in held.values():
+        tensor.view(torch.uint8).fill_(0xA5)
+
+
+def differing(held: Experts, right: Experts, layers: int, shape: str) -> int:
+    """How many of the slots' tensors are not the files'."""
+    wrong = 0
+    for layer in range(layers):
+        stem = f"model.layers.{layer}.mlp.experts."
+        for expert in range(SHAPES[shape][3]):
+            for kind in ("weight", "weight_scale_inv") if SHAPES[shape][2] else ("weight",):
+                gate, up, down = (
+                    right[f"{stem}{expert}.{part}_proj.{kind}"].view(torch.uint8) for part in ("gate", "up", "down")
+                )
+                w13 = held[f"{stem}w13_{kind}"][expert].view(torch.uint8)
+                w2 = held[f"{stem}w2_{kind}"][expert].view(torch.uint8)
+                wrong += not torch.equal(w13[: len(gate)], gate)
+                wrong += not torch.equal(w13[len(gate) :], up)
+                wrong += not torch.equal(w2, down)
+    return wrong
+
+
+# -- what it is compared with ----------------------------------------------------------------------------------
+
+
+def load_with_safetensors(files: Sequence[Path], threads: int) -> list[Experts]:
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda file: load_file(file, device=DEVICE), files))
+
+
+def bare_copy(attachment: Attachment, nbytes: int) -> list[float]:
+    """The same bytes from the same page-locked pages, in one copy."""
+    to = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+    source = (ctypes.c_ubyte * nbytes).from_address(attachment.address(int(attachment.rows()[0])))
+    host = torch.frombuffer(source, dtype=torch.uint8)
+    return best(lambda: to.copy_(host, non_blocking=True))
+
+
+def torch_pinned_copy(nbytes: int) -> list[float]:
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    host.fill_(1)
+    to = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+    return best(lambda: to.copy_(host, non_blocking=True))
+
+
+def in_items(copies: Sequence[Copy]) -> list[list[Copy]]:
+    """Calls of at most CALL_NBYTES, of items of at most ITEM_NBYTES."""
+    calls: list[list[Copy]] = [[]]
+    nbytes = 0
+    for to, source, size in copies:
+        for at in range(0, size, ITEM_NBYTES):
+            item = Copy(to + at, source + at, min(ITEM_NBYTES, size - at))
+            if nbytes + item.nbytes > CALL_NBYTES:
+                calls.append([])
+                nbytes = 0
+            calls[-1].append(item)
+            nbytes += item.nbytes
+    return calls
+
+
+def bare_read(
+    engine: MooncakeEngine, session_id: str, copies: Sequence[Copy], threads: int, repeats: int
+) -> list[float]:
+    calls = in_items(copies)
+
+    def run() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda call: engine.read(session_id, call), calls))
+
+    return best(run, repeats)
+
+
+def serve_default() -> None:
+    """A process with the engine's default settings, and memory to read: says where, and waits for its end."""
+    memory = torch.ones(DEFAULT_NBYTES, dtype=torch.uint8)
+    engine = bare_engine()
+    assert engine.batch_register_memory([memory.data_ptr()], [DEFAULT_NBYTES]) == 0
+    print(f"{HOST}:{engine.get_rpc_port()} {memory.data_ptr()}", flush=True)
+    sys.stdin.read()
+
+
+def bare_engine() -> Any:
+    from mooncake.engine import TransferEngine
+
+    engine = TransferEngine()
+    assert engine.initialize(HOST, "P2PHANDSHAKE", "tcp", "") == 0
+    return engine
+
+
+def read_default(session_id: str, address: int) -> None:
+    """Read all of it in one thread, with the engine's default settings; prints bytes a second."""
+    into = torch.ones(DEFAULT_NBYTES, dtype=torch.uint8)
+    engine = bare_engine()
+    assert engine.batch_register_memory([into.data_ptr()], [DEFAULT_NBYTES]) == 0
+    calls = in_items([Copy(into.data_ptr(), address, DEFAULT_NBYTES)])
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for call in calls:
+            to, source, sizes = map(list, zip(*call, strict=True))
+            assert engine.batch_transfer_sync_read(session_id, to, source, sizes) == 0
+        taken.append(time.perf_counter() - started)
+    print(DEFAULT_NBYTES / min(taken[1:]), flush=True)
+
+
+def default_rate() -> float:
+    """Bytes a second of a bare read, with no setting of the engine's set, on either side."""
+    environment = {name: value for name, value in os.environ.items() if name not in ENGINE_SETTINGS}
+    command = [sys.executable, __file__, "--role"]
+    quiet = {"env": environment, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(
+        [*command, "serve-default"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quiet
+    ) as server:
+        assert server.stdout is not None
+        session_id, address = server.stdout.readline().split()
+        answer = subprocess.run(
+            [*command, "read-default", session_id, address], stdout=subprocess.PIPE, check=True, **quiet
+        )
+        server.kill()
+    return float(answer.stdout.split()[-1])
+
+
+# -- the figures -----------------------------------------------------------------------------------------------
+
+
+class Figures:
+    """Rates of one shape, in GB/s, as they are measured; printed at once."""
+
+    def __init__(self, shape: str, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.rates: dict[str, float] = {}
+        print(f"\n== {shape}: {nbytes / 1e9:.2f} GB", flush=True)
+
+    def add(self, what: str, seconds: Sequence[float], nbytes: int | None = None) -> float:
+        middle = seconds[len(seconds) // 2]
+        rate = self.rates[what] = (nbytes or self.nbytes) / middle / 1e9
+        spread = f"{min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}"
+        print(f"{what:<56} {rate:8.2f} GB/s  ({middle * 1e3:.0f} ms, {spread})", flush=True)
+        return rate
+
+    def ratio(self, what: str, over: str, under: str, target: float | None = None) -> None:
+        value = self.rates[over] / self.rates[under]
+        self.rates[what] = value
+        verdict = "" if target is None else f"  target {target}: {'met' if value >= target else 'MISSED'}"
+        print(f"{what:<56} {value:8.2f}{verdict}", flush=True)
+
+
+def restored(restorer: Restorer, held: Experts, source: str) -> list[float]:
+    poison(held)
+    report = restorer.restore()
+    assert report.ok, report.failed[:1]
+    assert report.bytes_by_source[source] == report.bytes_total, report
+    return best(restorer.restore)
+
+
+@contextlib.contextmanager
+def constant(module: Any, name: str, value: object) -> Iterator[None]:
+    old = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, old)
+
+
+def refuse_pin(_: Attachment) -> None:
+    raise SegmentError("left unpinned on purpose")
+
+
+def local_figures(figures: Figures, url: str, held: Experts, right: Experts, layers: int, shape: str) -> None:
+    slots = Slots.fused(held)
+    with Restorer(url) as restorer:
+        started = time.perf_counter()
+        restorer.bind(slots)
+        figures.add("bind: attach, page-lock, host buffers (once)", [time.perf_counter() - started])
+        attachment = restorer._segment.attachment
+        assert attachment is not None
+        assert attachment.pinned
+        figures.add("bare page-locked copy of the segment", bare_copy(attachment, figures.nbytes))
+        figures.add("restore, local shared memory, verified", restored(restorer, held, "local"))
+        poison(held)
+        restorer.restore()
+        wrong = differing(held, right, layers, shape)
+        print(f"{'tensors that differ from the files':<56} {wrong:8d}", flush=True)
+        assert not wrong
+        figures.add("bare page-locked copy of the segment, again", bare_copy(attachment, figures.nbytes))
+
+
+def local_variants(figures: Figures, url: str, held: Experts, layers: int, shape: str) -> None:
+    slots = Slots.fused(held)
+    for streams, size in ((1, 128), (4, 32)):
+        with (
+            constant(device_slots, "STREAMS", streams),
+            constant(slot_sources, "LOCAL_BATCH_NBYTES_MAX", size << 20),
+            Restorer(url) as restorer,
+        ):
+            restorer.bind(slots)
+            taken = restored(restorer, held, "local")
+            figures.add(f"  variant: {streams} streams, batches up to {size} MiB", taken)
+    with constant(Attachment, "pin", refuse_pin), Restorer(url) as restorer:
+        restorer.bind(slots)
+        figures.add("  variant: not page-locked, through host buffers", restored(restorer, held, "local"))
+
+
+def parts_figure(figures: Figures, url: str, layers: int, shape: str) -> None:
+    held = parameters(shape, layers, tp=4)
+    with Restorer(url) as restorer:
+        restorer.bind(Slots.fused(held, tp_rank=1, tp_size=4))
+        figures.add("restore of a quarter of each block (tp 4), by block", restored(restorer, held, "local"))
+
+
+def remote_figures(
+    figures: Figures, url: str, held: Experts, right: Experts, layers: int, shape: str, more: bool
+) -> None:
+    """From the other node's memory."""
+    slots = Slots.fused(held)
+    with Restorer(url, model=ELSEWHERE) as restorer:
+        restorer.bind(slots)
+        figures.add("restore, a peer over TCP, verified", restored(restorer, held, "peer"))
+        wrong = differing(held, right, layers, shape)
+        print(f"{'tensors that differ from the files':<56} {wrong:8d}", flush=True)
+        assert not wrong
+        bound, engine = restorer._bound, restorer._lease.engine
+        assert bound is not None
+        assert isinstance(engine, MooncakeEngine)
+        found = restorer._control.shard_map(url, bound.manifest)
+        replicas = {row: next(r for r in mapped.replicas if r.node_id == "node-1") for row, mapped in found.items()}
+        session_id = replicas[0].session_id
+        into = torch.ones(figures.nbytes + (64 << 20), dtype=torch.uint8)
+        ranges = [(into.data_ptr(), into.nbytes)]
+        engine.register(ranges)
+        copies, at = [], into.data_ptr()
+        for row, replica in replicas.items():
+            copies.append(Copy(at, replica.address, int(bound.manifest.nbytes[row])))
+            at += copies[-1].nbytes
+        for threads in READER_THREADS:
+            taken = bare_read(engine, session_id, copies, threads, 3)
+            figures.add(f"bare tuned read into host memory, {threads} threads", taken)
+        engine.unregister(ranges)
+        again = best(restorer.restore)
+        figures.add("restore, a peer over TCP, verified, again", again)
+    figures.rates["bare tuned read, the best"] = max(
+        figures.rates[f"bare tuned read into host memory, {threads} threads"] for threads in READER_THREADS
+    )
+    if more:
+        remote_variants(figures, url, held, slots)
+
+
+def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> None:
+    with Restorer(url, model=ELSEWHERE, straight=True) as restorer:
+        restorer.bind(slots)
+        poison(held)
+        started = time.perf_counter()
+        assert restorer.restore().ok
+        figures.add("  variant: straight into GPU memory, read back", [time.perf_counter() - started])
+    for reads, lanes, item in ((1, 4, 8), (3, 6, 8), (2, 6, 16)):
+        with (
+            constant(slot_sources, "READS_AT_ONCE", reads),
+            constant(slot_sources, "PEER_LANES_MAX", lanes),
+            constant(slot_sources, "ITEM_NBYTES_MAX", item << 20),
+            Restorer(url, model=ELSEWHERE) as restorer,
+        ):
+            restorer.bind(slots)
+            taken = restored(restorer, held, "peer")
+            figures.add(f"  variant: {reads} reads at once, {lanes} lanes, items of {item} MiB", taken)
+
+
+def measure(made: Bench, shape: str, nbytes: int, default: float, *, more: bool) -> dict[str, float]:
+    directory = made.directory / shape
+    layers = write_checkpoint(directory, shape, nbytes)
+    files = sorted(directory.glob("*.safetensors"))
+    ports = [workbench.free_port() for _ in range(2)]
+    options = ["--checkpoint", str(directory), "--fill", "disk", "--replicas", "2"]
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for number in range(2):
+            other = 1 - number
+            peer = f"--peer=node-{other}=http://{HOST}:{ports[other]}"
+            with constant(workbench, "free_port", lambda port=ports[number]: port):
+                nodes.append(stack.enter_context(Daemon(made, f"node-{number}", *options, peer)))
+        for node in nodes:
+            print(f"node ready after {node.wait_until_ready():.1f} s", flush=True)
+        loaded = load_with_safetensors(files, 8)
+        right = {name: tensor for part in loaded for name, tensor in part.items()}
+        del loaded
+        figures = Figures(shape, sum(tensor.nbytes for tensor in right.values()))
+        held = parameters(shape, layers)
+        local_figures(figures, nodes[0].url, held, right, layers, shape)
+        if more:
+            local_variants(figures, nodes[0].url, held, layers, shape)
+            if shape == "bf16":
+                parts_figure(figures, nodes[0].url, layers, shape)
+        nodes[0].end(9)
+        Path("/dev/shm", made.name("node-0").object_name).unlink()
+        remote_figures(figures, nodes[1].url, held, right, layers, shape, more)
+        del right, held
+    torch.cuda.empty_cache()
+    figures.add("torch's page-locked memory to the device", torch_pinned_copy(4 << 30), 4 << 30)
+    for threads in LOADER_THREADS:
+        taken = best(lambda threads=threads: load_with_safetensors(files, threads), 2)
+        figures.add(f"safetensors load_file, warm, {threads} threads", taken)
+    for file in directory.iterdir():
+        file.unlink()
+    return conclude(figures, default)
+
+
+def conclude(figures: Figures, default: float) -> dict[str, float]:
+    rates = figures.rates
+    rates["bare read, default settings"] = default / 1e9
+    rates["safetensors, best"] = max(rates[f"safetensors load_file, warm, {t} threads"] for t in LOADER_THREADS)
+    figures.ratio(
+        "restore / bare page-locked copy",
+        "restore, local shared memory, verified",
+        "bare page-locked copy of the segment",
+        0.9,
+    )
+    figures.ratio("restore / best safetensors", "restore, local shared memory, verified", "safetensors, best", 1.3)
+    figures.ratio(
+        "restore / safetensors, 1 thread",
+        "restore, local shared memory, verified",
+        "safetensors load_file, warm, 1 threads",
+        7,
+    )
+    figures.ratio(
+        "remote restore / bare tuned read", "restore, a peer over TCP, verified", "bare tuned read, the best", 0.9
+    )
+    figures.ratio("bare tuned read / default settings", "bare tuned read, the best", "bare read, default settings", 4)
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gb", type=float, default=10.5, help="experts of each shape")
+    parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.role:
+        return serve_default() if given.role[0] == "serve-default" else read_default(given.role[1], int(given.role[2]))
+    print(torch.cuda.get_device_name(0), f"{os.cpu_count()} cores, torch {torch.__version__}", flush=True)
+    default = default_rate()
+    print(f"bare read, default settings: {default / 1e9:.2f} GB/s", flush=True)
+    all_figures = {}
+    with bench() as made:
+        for shape in given.shape or SHAPES:
+            all_figures[shape] = measure(made, shape, int(given.gb * 1e9), default, more=given.variants)
+            if given.json:
+                given.json.write_text(json.dumps(all_figures, indent=1))
+    return None
+
+
+if __name__ == "__main__":
+    main()
