@@ -175,6 +175,14 @@ class CoverageDocument(Document):
 class RestoreTarget(Document):
     """One of the two."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {name: {"type": "string"}}, "required": [name]} for name in ("node_id", "consumer_id")
+            ]
+        }
+    )
+
     node_id: NodeId | None = None
     consumer_id: NodeId | None = None
 

@@ -31,7 +31,7 @@ IdempotencyKey = Annotated[
     "",
     status_code=202,
     summary="Bring back what a node, or an engine's slots, should hold",
-    responses=problem_responses(401, 404, 409, 422, 429, 502, 503),
+    responses=problem_responses(400, 401, 404, 409, 413, 422, 429, 502, 503),
 )
 def start_restore(
     context: CurrentContext, request: RestoreRequest, response: Response, idempotency_key: IdempotencyKey = None
