@@ -18,7 +18,7 @@ from app.problems import Conflict, NotFound, TooManyRequests, Unavailable
 from transfer.push_table import PushTable
 
 CONSUMERS_MAX = 128  # a node has some 8 GPUs, and a rank of each at a time
-TTL_S_MIN = 5.0
+TTL_S_MIN = 1.0
 TTL_S_MAX = 7 * 86400.0
 TTL_S_DEFAULT = 300.0
 QUIET_WAIT_S = 30.0  # for pushes under way; a consumer that stopped answering holds one for 10

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from app.consumers import CONSUMERS_MAX, ConsumerStore
@@ -240,15 +240,17 @@ def test_memory_that_the_engine_did_not_register_is_refused_by_the_engine_itself
 
 
 def test_a_stopped_engine_does_not_hold_a_restore_up_for_long(
-    cluster: Callable[..., list[Any]], engine: Callable[..., Engine]
+    cluster: Callable[..., list[Any]], engine: Callable[..., Engine], wait_until: Callable[..., Any]
 ) -> None:
     (node,), rank = cluster(1, 1), engine([1, 2])
     put(node, rank.document)
     assert restore(node)["state"] == "succeeded"
-    rank.child._process.send_signal(signal.SIGSTOP)
+    process = psutil.Process(rank.child.pid)
+    process.suspend()
+    wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "stopped")
     done = restore(node, sources=["peer"])
     assert done["state"] == "failed"
-    rank.child._process.send_signal(signal.SIGCONT)
+    process.resume()
     assert restore(node)["state"] == "succeeded"
     assert node.get("/v1/consumers/rank-0")["error"] is None
 
@@ -277,19 +279,19 @@ def test_registrations_are_checked_renewed_listed_and_end(
     refused(422, "session", session_id=node.get("/v1/node")["session_id"])
     refused(422, "n1's own", session_id=nodes[1].get("/v1/node")["session_id"])
     refused(409, "manifest", manifest_digest="0" * 64)
-    refused(422, "ttl_s", ttl_s=4)
+    refused(422, "ttl_s", ttl_s=0.5)
     refused(422, "session_id", session_id="nowhere")
     assert node.get("/v1/consumers") == {"consumers": []}
 
-    assert put(node, document | {"ttl_s": 5}).status_code == 201
-    assert [c["id"] for c in node.get("/v1/consumers")["consumers"]] == ["rank-0"]
-    left = node.get("/v1/consumers/rank-0")["expires_in_s"]
-    assert node.ask("POST", "/v1/consumers/rank-0/renew").json()["expires_in_s"] > left
+    assert put(node, document | {"ttl_s": 1}).status_code == 201
     assert nodes[1].ask("POST", "/v1/restores", json={"target": {"consumer_id": "rank-0"}}).status_code == 404
     wait_until(lambda: node.ask("GET", "/v1/consumers/rank-0").status_code == 404, "expired")
     assert node.ask("POST", "/v1/restores", json={"target": {"consumer_id": "rank-0"}}).status_code == 404
 
     assert put(node, document).status_code == 201
+    assert [c["id"] for c in node.get("/v1/consumers")["consumers"]] == ["rank-0"]
+    left = node.get("/v1/consumers/rank-0")["expires_in_s"]
+    assert node.ask("POST", "/v1/consumers/rank-0/renew").json()["expires_in_s"] > left
     assert node.ask("DELETE", "/v1/consumers/rank-0").status_code == 204
     assert node.ask("DELETE", "/v1/consumers/rank-0").status_code == 404
     body = {"target": {"node_id": "n0"}, "read_back": True}
