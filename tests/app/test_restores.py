@@ -105,6 +105,19 @@ def test_one_cancelled_while_it_waits_is_never_planned(store: RestoreStore, brak
     assert not brake.planning.acquire(blocking=False)
 
 
+def test_events_tell_each_change_and_stop_at_the_end(live: Any, store: RestoreStore, brake: Brake) -> None:
+    restore_id = store.submit(REQUEST).id
+    brake.wait()
+    with live.http.stream("GET", f"/v1/restores/{restore_id}/events") as answer:
+        lines = (line for line in answer.iter_lines() if line.startswith("data: "))
+        first = RestoreDocument.model_validate_json(next(lines).removeprefix("data: "))
+        brake.release()
+        rest = [RestoreDocument.model_validate_json(line.removeprefix("data: ")) for line in lines]
+    assert (first.state, first.blocks_total) == ("pending", 0)
+    assert rest[-1] == ended(store, restore_id)
+    assert (rest[-1].state, rest[-1].blocks_done) == ("succeeded", 39)
+
+
 def test_cancelling_one_that_is_over_changes_nothing(store: RestoreStore) -> None:
     done = ended(store, store.submit(REQUEST).id)
     store.get(done.id).cancel()
