@@ -1,6 +1,6 @@
 """A restart that adopts a sealed segment: from the start of the process to ready.
 
-    python tests/bench/adopt_figures.py [--gib 1] [--large-gib 8] [--rounds 7]
+    python tests/bench/adopt_figures.py [--gib 1] [--large-gib 8] [--rounds 5]
 
 A real `hotspare serve` fills itself from a checkpoint, is killed with SIGKILL, and is started again on the segment it
 left; then killed and started again, and so on. Counted is from just before the process is started to the 200 of
@@ -82,7 +82,7 @@ def main() -> None:
         __doc__,
         gib=(1.0, "GiB of experts in the first segment"),
         large_gib=(8.0, "GiB of experts in the second; 0 leaves it out"),
-        rounds=(7, "restarts of each kind"),
+        rounds=(5, "restarts of each kind"),
     )
     figures, document = [], {}
     with bench() as made:

@@ -1,6 +1,6 @@
 """Attaching to a segment with DeepSeek-V3's number of blocks, and what eight attached processes cost.
 
-    python tests/bench/attach_figures.py [--layers 58] [--experts 256] [--readers 8] [--rounds 9]
+    python tests/bench/attach_figures.py [--layers 58] [--experts 256] [--readers 8] [--rounds 5]
 
 The segment has 58 x 256 blocks of six tensors, each tensor tiny. Time to the first tensor: in a fresh process that has
 imported torch and shm, from before `shm.attach` to the tensor in hand, its first element read. The baseline for a whole
@@ -126,7 +126,7 @@ def main() -> None:
         layers=(58, "layers of experts"),
         experts=(256, "experts a layer"),
         readers=(8, "attached processes besides the daemon"),
-        rounds=(9, "fresh processes that attach"),
+        rounds=(5, "fresh processes that attach"),
     )
     with bench() as made:
         nbytes = seal_tiny(made, options.layers, options.experts)

@@ -1,6 +1,6 @@
 """Filling a segment from warm files, against a bare parallel `preadv`; and the daemon's memory while it fills.
 
-    python tests/bench/fill_figures.py [--gib 1] [--large-gib 8] [--rounds 7]
+    python tests/bench/fill_figures.py [--gib 1] [--large-gib 8] [--rounds 5]
 
 Speed. Ours: `Segment.allocate`, then a `Restore` from a `DiskSource`, as a node does it: checksums, publishing and
 sealing included. The baseline: a new object of the same size, reserved and mapped in the same way, into which as many
@@ -169,7 +169,7 @@ def main() -> None:
         __doc__,
         gib=(1.0, "GiB of experts for the speed, and for the first look at the memory"),
         large_gib=(8.0, "GiB of experts for the second look; 0 leaves it out"),
-        rounds=(7, "pairs of runs"),
+        rounds=(5, "pairs of runs"),
     )
     figures = []
     with bench() as made:

@@ -1,6 +1,6 @@
 """Restoring a segment from a peer over loopback, against a bare loop of Mooncake reads; and against the disk.
 
-    python tests/bench/peer_restore_figures.py [--gib 1] [--rounds 7]
+    python tests/bench/peer_restore_figures.py [--gib 1] [--rounds 5]
 
 The peer is a real `hotspare serve` that has filled itself. Ours: `Segment.allocate`, registration, then a `Restore`
 from a `PeerSource` with the checksums that the peer's shard map tells, sealing included. The baseline: a new object of
@@ -124,7 +124,7 @@ class Scene:
 
 
 def main() -> None:
-    options = arguments(__doc__, gib=(1.0, "GiB of experts"), rounds=(7, "pairs of runs"))
+    options = arguments(__doc__, gib=(1.0, "GiB of experts"), rounds=(5, "pairs of runs"))
     with bench() as made:
         directory = made.checkpoint("checkpoint", shape_of(int(options.gib * GIB)))
         with Daemon(made, PEER, "--checkpoint", str(directory), "--fill", "disk") as daemon:
