@@ -21,7 +21,6 @@ from shm.attachment import Attachment
 from shm.errors import BlockUnavailable, HotspareError, InvalidInput
 from shm.manifest import ExpertKey, Manifest
 from transfer.engine_lease import EngineLease
-from transfer.errors import EngineError
 from transfer.ladder import Ladder, Mapped, Replica
 from transfer.last_resort import LastResort
 from transfer.local_segment import LocalSegment
@@ -206,7 +205,7 @@ class Restorer:
                 raise
             self._open_engine(tally)
             if bound is not None and bound.device != CPU and not self._is_straight:
-                self._prepare_staging(bound, tally)
+                tally.attempt(bound.staging.prepare, self._lease.engine)
             for note in tally.notes:
                 _log.info("bound, but: %s", note)
 
@@ -247,18 +246,9 @@ class Restorer:
     def _open_engine(self, tally: Tally) -> None:
         """Start the engine if it is ours to start, and open the slots to it. Notes what fails."""
         assert self._slots is not None
-        try:
-            self._lease.start()
-            if device_of(self._slots) == CPU or self._is_straight:
-                self._lease.register([(r.address, r.nbytes) for r in self._slots.ranges])
-        except EngineError as error:
-            tally.note(str(error))
-
-    def _prepare_staging(self, bound: BoundSlots, tally: Tally) -> None:
-        try:
-            bound.staging.prepare(self._lease.engine)
-        except (EngineError, RuntimeError) as error:  # torch's, for page-locked memory that cannot be had
-            tally.note(f"no host buffers: {error}")
+        tally.attempt(self._lease.start)
+        if device_of(self._slots) == CPU or self._is_straight:
+            tally.attempt(self._lease.register, [(r.address, r.nbytes) for r in self._slots.ranges])
 
     # -- restoring -------------------------------------------------------------------------------------------
 

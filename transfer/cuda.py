@@ -102,7 +102,10 @@ class Cuda:
         """Page-locked host memory: its address, and what keeps it alive."""
         import torch
 
-        memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        try:
+            memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise DeviceFailed(f"{nbytes:,} bytes of page-locked host memory could not be had: {error}") from error
         return memory.data_ptr(), memory
 
     def runs(self, way: str, to: Addresses, source: Addresses, sizes: Addresses, stream: Stream) -> None:
