@@ -110,7 +110,9 @@ def test_adopting_reads_headers_only(
     calls = "trace=openat,read,pread64,readv,preadv,preadv2,mmap,sendfile,copy_file_range,io_uring_setup"
     again.kill()
     command = ["strace", "-f", "-y", "-qq", "-s", "0", "-e", calls, "-o", str(log), *again.process.args]
-    traced = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    traced = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         assert traced.stdout is not None
         said = b""
@@ -119,7 +121,7 @@ def test_adopting_reads_headers_only(
             assert line, said
             said += line
     finally:
-        traced.kill()
+        os.killpg(traced.pid, signal.SIGKILL)  # strace alone would leave the node behind
         traced.wait()
         traced.stdout and traced.stdout.close()
     assert b"adopted" in said
