@@ -13,7 +13,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from shm.errors import InvalidInput, ManifestError
 from shm.layout import BlockState, SegmentName, SegmentState
 from shm.manifest import ExpertKey, Manifest
 from shm.segment import Segment
-from transfer.checkpoint import Checkpoint, read_checkpoint
+from transfer.checkpoint import Checkpoint, changed_files, read_checkpoint
 from transfer.engine import MooncakeEngine, TransferEngine
 from transfer.errors import CheckpointError, NothingToRestore
 from transfer.origin import first_difference, identity
@@ -111,10 +113,21 @@ class Node:
     def _read_checkpoint(self, directory: object) -> Checkpoint:
         return read_checkpoint(str(directory), self.name.model, self.settings.include)
 
+    def _compare_checkpoint(self, directory: Path, manifest: Manifest) -> Checkpoint:
+        """The checkpoint, whose headers are parsed only if they are not those that the manifest was made of.
+
+        Parsing DeepSeek-V3's takes a second or two, which a restart has not.
+        """
+        with suppress(CheckpointError):  # also where files have other names now
+            if manifest.include == self.settings.include and not changed_files(directory, manifest):
+                # A copy: a manifest on the segment's own pages would keep them mapped when the segment is given up.
+                return Checkpoint(directory, Manifest.from_bytes(manifest.to_bytes(), manifest.digest))
+        return self._read_checkpoint(directory)
+
     def _open_sealed(self, segment: Segment) -> None:
         if self.settings.checkpoint is not None:
             try:
-                self.checkpoint = self._read_checkpoint(self.settings.checkpoint)
+                self.checkpoint = self._compare_checkpoint(self.settings.checkpoint, segment.manifest)
             except CheckpointError as error:
                 _log.warning("adopting the sealed segment without its checkpoint: %s", error)
         if self.checkpoint is None or self._is_content_of(self.checkpoint, segment):
@@ -267,7 +280,7 @@ class Node:
             tiers, offers, expected = self._offers(rows, kinds)
             wants = [self._want(row, expected.get(row)) for row in rows]
         destination = SegmentDestination(self.segment, self._note_change)
-        return Restore(wants, offers, tiers, destination, self._key_of, progress)
+        return Restore(wants, offers, tiers, destination, self._key_of, progress, self._settle)
 
     def _key_of(self, row: int) -> ExpertKey:
         assert self.manifest is not None
@@ -333,13 +346,12 @@ class Node:
         return self.checkpoint if self.checkpoint.manifest.digest == self.manifest.digest else None
 
     def run(self, restore: Restore) -> None:
-        """Run a planned restore to its end, then seal what is complete."""
+        """Run a planned restore to its end. What is complete then is sealed before the restore says it is over."""
         self._restoring = True
         try:
             restore.run()
         finally:
             self._restoring = False
-            self._settle()
 
     def _settle(self) -> None:
         with self._lock:

@@ -57,14 +57,19 @@ class Restore:
         destination: Destination,
         key_of: Callable[[int], ExpertKey],
         progress: Progress | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
-        """`tiers` are the sources, nearest first; `offers` says which of them have which row, and where."""
+        """`tiers` are the sources, nearest first; `offers` says which of them have which row, and where.
+
+        `settle` is called once all is published that could be had, before the report says that it is over.
+        """
         self._pending = {want.row: want for want in wants}
         self._offers = {row: list(offered) for row, offered in offers.items()}
         self._sources = {source.name: source for tier in tiers for source in tier}
         self._tier = {source.name: number for number, tier in enumerate(tiers) for source in tier}
         self._destination = destination
         self._key_of = key_of
+        self._settle = settle
         self.progress = progress or Progress()
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
@@ -101,6 +106,7 @@ class Restore:
                 while self._pending and not self._cancelled.is_set() and self._round(pool):
                     continue
                 has_spoiled = self._settle_late()
+        self._settle()
         if self._cancelled.is_set() and self._pending:
             self.progress.finish(RestoreState.CANCELLED, "cancelled on request")
             return
