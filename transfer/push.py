@@ -22,7 +22,7 @@ from shm.errors import BlockUnavailable, HotspareError
 from shm.manifest import TENSOR_ALIGNMENT, ExpertKey, Manifest
 from transfer.engine import Copy, TransferEngine
 from transfer.errors import TransferFailed
-from transfer.memory import view
+from transfer.memory import address_of, view
 from transfer.plan import Batch, Limits, Piece, Want, split
 from transfer.push_table import PushTable
 from transfer.sources import DiskSource, SourceKind
@@ -38,6 +38,9 @@ IN_SLOTS = 0
 """The destination of a want's one piece: the consumer's slots, found by the want's row."""
 
 _lost: list[Any] = []
+_still_read: dict[int, memoryview] = {}
+"""A view of each mapping that a write which timed out may still read from: to the process's end it stays mapped."""
+
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -60,7 +63,6 @@ class BlockMemory(Protocol):
     def manifest(self) -> Manifest: ...
     def published(self) -> Any: ...
     def checksum(self, row: int) -> bytes: ...
-    def address(self, row: int) -> int: ...
     def block(self, row: int) -> memoryview: ...
 
 
@@ -193,7 +195,13 @@ def push(memory: BlockMemory, writer: Writer, wanted: Mapping[int, bytes | None]
         else:
             outcome.failed[row] = reason
     if outcome.pushed:
-        outcome.failed |= writer.write([(row, memory.address(row)) for row in outcome.pushed])
+        blocks = {row: memory.block(row) for row in outcome.pushed}  # and keep them mapped
+        try:
+            outcome.failed |= writer.write([(row, address_of(block)) for row, block in blocks.items()])
+        except WriteFailed as error:
+            if error.is_unsettled:
+                _still_read.update((id(block.obj), block) for block in blocks.values())
+            raise
         still = set(memory.published().tolist())
         outcome.failed |= {row: "it was withdrawn while it was sent" for row in outcome.pushed if row not in still}
     outcome.pushed = {row: taken for row, taken in outcome.pushed.items() if row not in outcome.failed}

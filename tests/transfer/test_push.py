@@ -287,6 +287,46 @@ def test_reading_back_finds_a_byte_that_did_not_arrive(
     assert meddler.registered == 0  # every buffer was given back
 
 
+@pytest.mark.parametrize("is_unsettled", [False, True])
+def test_a_segment_that_is_renewed_during_a_push_stays_mapped_while_it_may_be_read(
+    holder: tuple[Segment, MooncakeEngine],
+    plain_table: PlainTable,
+    monkeypatch: pytest.MonkeyPatch,
+    is_unsettled: bool,
+) -> None:
+    segment, engine = holder
+    table, memory = plain_table(segment.manifest)
+    monkeypatch.setattr(push_module, "_still_read", kept := {})
+    meddler = Meddler(engine)
+    address, nbytes = segment.data_ranges()[0]
+    before = bytes(segment.block(1))
+
+    def withdraw(copies: Sequence[Copy]) -> None:
+        engine.unregister([(address, nbytes)])
+        renewed = segment.renew()
+        assert is_mapped(address)
+        renewed.unlink()
+        if is_unsettled:
+            raise TransferFailed("late", timed_out=True)
+
+    meddler.after_write = withdraw
+    writer = Writer(meddler, table, read_back=False)
+    if is_unsettled:
+        with pytest.raises(WriteFailed):
+            push(segment, writer, {1: None})
+        assert is_mapped(address)
+        kept.clear()
+    else:
+        assert push(segment, writer, {1: None}).failed == {1: "it was withdrawn while it was sent"}
+    assert not is_mapped(address)
+    assert memory[1].tobytes() == before
+
+
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+
+
 def test_a_consumer_that_fails_twice_is_given_up_unless_something_went_well_between(
     holder: tuple[Segment, MooncakeEngine], plain_table: PlainTable
 ) -> None:
