@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,33 @@ def test_addresses_that_the_peer_did_not_open_are_refused(
     assert (ours == peer.data[:3333]).all()
 
 
+def test_one_refused_copy_fails_the_call_only_when_the_others_have_ended(
+    engine: MooncakeEngine, peer: Peer, memory: Any
+) -> None:
+    ours = memory(777_777)
+    copies = [Copy(ours.ctypes.data, 1 << 44, 33), Copy(ours.ctypes.data + 33, peer.address, 777_000)]
+    with pytest.raises(TransferFailed, match="2 copies"):
+        engine.read(peer.session_id, copies)
+    assert (ours[33 : 33 + 777_000] == peer.data[:777_000]).all()
+
+
+def test_a_stopped_peer_is_given_up_and_said_to_be_late(
+    engine: MooncakeEngine, start_peer: Callable[[], Peer], memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "0.33")
+    peer, ours = start_peer(), memory(777_777)
+    engine.read(peer.session_id, [Copy(ours.ctypes.data, peer.address, 33)])
+    peer.process.send_signal(signal.SIGSTOP)
+    with pytest.raises(TransferFailed) as failed:
+        engine.read(peer.session_id, [Copy(ours.ctypes.data, peer.address, 777_000)])
+    assert failed.value.timed_out
+    peer.process.send_signal(signal.SIGCONT)  # the late bytes do come, and only then may the memory be let go
+    deadline = time.monotonic() + 30
+    while not (ours[:777_000] == peer.data[:777_000]).all():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_dead_peer_fails_the_transfer(engine: MooncakeEngine, start_peer: Callable[[], Peer], memory: Any) -> None:
     peer, ours = start_peer(), memory(3333)
     engine.read(peer.session_id, [Copy(ours.ctypes.data, peer.address, 3333)])
@@ -230,8 +259,14 @@ class Failing:
     def get_rpc_port(self) -> int:
         return 15_333
 
-    def batch_transfer_sync_read(self, *_: object) -> int:
-        return -1
+    def __init__(self, status: int = -1) -> None:
+        self._status = status
+
+    def batch_transfer_async_read(self, *_: object) -> int:
+        return 33
+
+    def transfer_check_status(self, batch: int) -> int:
+        return self._status
 
 
 def test_an_engine_that_does_not_start_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,13 +275,15 @@ def test_an_engine_that_does_not_start_says_where_to_look(monkeypatch: pytest.Mo
         MooncakeEngine("192.0.2.33", "rdma")
 
 
-@pytest.mark.parametrize(("timeout_s", "timed_out"), [("0", True), ("3333", False)])
-def test_a_failure_after_the_timeout_warns_of_late_bytes(
-    monkeypatch: pytest.MonkeyPatch, timeout_s: str, timed_out: bool
+@pytest.mark.parametrize(
+    ("status", "timed_out"), [(0, True), (-2, True), (-1, False)], ids=["under way", "given up", "failed"]
+)
+def test_a_copy_that_has_not_ended_in_time_warns_of_late_bytes(
+    monkeypatch: pytest.MonkeyPatch, status: int, timed_out: bool
 ) -> None:
-    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", timeout_s)
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "0.033")
     with pytest.raises(TransferFailed) as failed:
-        MooncakeEngine.wrap(Failing(), "127.0.0.1").read("127.0.0.1:33", [Copy(1, 1, 33)])
+        MooncakeEngine.wrap(Failing(status), "127.0.0.1").read("127.0.0.1:33", [Copy(1, 1, 33)])
     assert failed.value.timed_out is timed_out
 
 
