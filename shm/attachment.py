@@ -11,10 +11,10 @@ import ctypes
 import mmap
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -160,6 +160,13 @@ def attach(model: str, *, namespace: str = "default", node: str | None = None) -
         raise SegmentCorrupt(f"{SHM_DIRECTORY}/{object_name}: {error}: `hotspare rm` it, and refill") from error
 
 
+class HeldBlock(NamedTuple):
+    """Where a published block lies in this process's memory, and the xxh3-128 recorded for it."""
+
+    address: int
+    checksum: bytes
+
+
 class Attachment(Mapping[str, "torch.Tensor"]):
     """A read-only mapping of a sealed segment: tensor name → `torch.Tensor` on the shared pages."""
 
@@ -246,6 +253,17 @@ class Attachment(Mapping[str, "torch.Tensor"]):
     def address(self, row: int) -> int:
         """Where a block lies in this process's memory. Raises BlockUnavailable."""
         return self._address + self._entry(row)[0]
+
+    def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
+        """Of these manifest rows those whose block is published here. Quick also for all of a large model."""
+        self._check_open()
+        asked = np.fromiter(rows, np.int64)
+        entries = self._table[asked]
+        here = (entries["state"] == BlockState.PUBLISHED) & self._is_mapped(entries)
+        entries = entries[here]
+        addresses = (entries["offset"].astype(np.int64) + self._address).tolist()
+        found = zip(addresses, entries["checksum"].tolist(), strict=True)
+        return {row: HeldBlock(*block) for row, block in zip(asked[here].tolist(), found, strict=True)}
 
     def checksum(self, row: int) -> bytes:
         """The xxh3-128 recorded for the block."""

@@ -300,7 +300,8 @@ class Restorer:
 
     def _climb(self, ladder: Ladder, bound: BoundSlots, tally: Tally) -> None:
         attachment = self._segment.attachment
-        held = self._segment.checksums(ladder.missing) if attachment and attachment.manifest == bound.manifest else {}
+        is_same = attachment is not None and attachment.manifest == bound.manifest
+        held = self._segment.held(ladder.missing) if is_same else {}
         bound.memory.follow()
         if attachment is not None:
             ladder.climb_local(attachment, held)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from shm.attachment import Attachment
+from shm.attachment import Attachment, HeldBlock
 from transfer.checkpoint import Checkpoint
 from transfer.engine import TransferEngine
 from transfer.plan import Offer
@@ -52,16 +52,16 @@ class Ladder:
         self.has_timed_out = False
         """Whether bytes may still arrive in a slot."""
 
-    def climb_local(self, attachment: Attachment, checksums: Mapping[int, bytes]) -> None:
-        """Take what an attached segment has, given as row → checksum."""
-        self._expected.update(checksums)
-        rows = [row for row in self.missing if row in checksums]
+    def climb_local(self, attachment: Attachment, held: Mapping[int, HeldBlock]) -> None:
+        """Take what an attached segment has."""
+        self._expected.update((row, block.checksum) for row, block in held.items())
+        rows = [row for row in self.missing if row in held]
         if not rows:
             return
         staging = None if self._bound.device == CPU or attachment.pinned else self._bound.staging
         total = int(self._bound.manifest.nbytes[rows].sum())
         source = LocalSlots(LOCAL, attachment, self._bound.memory, total, staging)
-        self._run(rows, {row: [Offer(LOCAL, attachment.address(row))] for row in rows}, [[source]])
+        self._run(rows, {row: [Offer(LOCAL, held[row].address)] for row in rows}, [[source]])
 
     def climb(
         self,

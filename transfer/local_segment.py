@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from shm import posix
-from shm.attachment import Attachment, attach, read_header
-from shm.errors import BlockUnavailable, HotspareError, SegmentError
+from shm.attachment import Attachment, HeldBlock, attach, read_header
+from shm.errors import HotspareError, SegmentError
 from shm.layout import SegmentState
 
 
@@ -33,24 +33,9 @@ class LocalSegment:
                 raise SegmentError(f"the segment of {model} cannot be mapped: {error}") from error
         return self._attachment
 
-    def checksums(self, rows: Iterable[int]) -> Mapping[int, bytes]:
-        """Of these manifest rows those that are published here, with the checksum of each."""
-        attachment = self._attachment
-        if attachment is None:
-            return {}
-        wanted, here = set(rows), attachment.rows().tolist()
-        nbytes = attachment.manifest.nbytes
-        found = {}
-        for row in here:
-            if row not in wanted:
-                continue
-            try:
-                # An extended segment may name blocks past the end of our mapping: those are cut short.
-                if len(attachment.block(row)) == nbytes[row]:
-                    found[row] = attachment.checksum(row)
-            except BlockUnavailable:
-                continue  # withdrawn since
-        return found
+    def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
+        """Of these manifest rows those that are published here."""
+        return {} if self._attachment is None else self._attachment.held(rows)
 
     @staticmethod
     def _is_current(attachment: Attachment) -> bool:

@@ -175,7 +175,11 @@ class Restore:
                     self._timed_out.update(want.row for want in batch.wants)
             self._drop(batch.wants, source, f"{source.name}: {_told(error)}")
             return []
-        return [pool.submit(self._verify, source, want, checksums.get(want.row)) for want in batch.wants]
+        taken = [(want, checksums.get(want.row)) for want in batch.wants]
+        for want, checksum in taken:
+            if checksum is not None:  # the work is done: only the comparison is left
+                self._verify(source, want, checksum)
+        return [pool.submit(self._verify, source, want, None) for want, checksum in taken if checksum is None]
 
     def _verify(self, source: Source, want: Want, taken: bytes | None) -> None:
         try:

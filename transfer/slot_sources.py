@@ -107,14 +107,16 @@ class LocalSlots(SlotSource):
         self._staging = staging
 
     def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]:
-        here = {want: address for want in wants if (address := self._address(want.row)) is not None}
+        held = self._attachment.held(want.row for want in wants)
+        here = {want: held[want.row].address for want in wants if want.row in held}
         if self._staging is None:
             checksums = self._memory.put([(want.row, address) for want, address in here.items()])
         else:
             checksums = {}
             for group in _groups(list(here), self._staging.nbytes):
                 checksums |= self._through(self._staging, {want: here[want] for want in group})
-        return {row: checksum for row, checksum in checksums.items() if self._address(row) is not None}
+        still = self._attachment.held(checksums)
+        return {row: checksum for row, checksum in checksums.items() if row in still}
 
     def _through(self, staging: Staging, here: Mapping[Want, int]) -> dict[int, bytes]:
         with staging.take() as buffer:
@@ -122,12 +124,6 @@ class LocalSlots(SlotSource):
             for (_, to), (want, address) in zip(placed, here.items(), strict=True):
                 ctypes.memmove(to, address, want.nbytes)
             return self._memory.put(placed)
-
-    def _address(self, row: int) -> int | None:
-        try:
-            return self._attachment.address(row)
-        except BlockUnavailable:
-            return None
 
 
 class PeerSlots(SlotSource):
