@@ -89,14 +89,21 @@ class Cuda:
             torch.empty(1, device=device)  # makes the context, if this is the first use
             torch.cuda.synchronize(device)
             self._context = ctypes.c_void_p()
-            self._check("cuCtxGetCurrent", self._driver.cuCtxGetCurrent(ctypes.byref(self._context)))
+            self.call("cuCtxGetCurrent", ctypes.byref(self._context))
+
+    @property
+    def architecture(self) -> str:
+        """What compilers call the device: sm_90."""
+        import torch
+
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
 
     def open_stream(self) -> Stream:
         return Stream(self.device)
 
     def enter(self) -> None:
         """Make the device's context the calling thread's; before the first call of a thread."""
-        self._check("cuCtxSetCurrent", self._driver.cuCtxSetCurrent(self._context))
+        self.call("cuCtxSetCurrent", self._context)
 
     def allocate(self, nbytes: int) -> tuple[int, Any]:
         """Page-locked host memory: its address, and what keeps it alive."""
@@ -107,6 +114,20 @@ class Cuda:
         except RuntimeError as error:
             raise DeviceFailed(f"{nbytes:,} bytes of page-locked host memory could not be had: {error}") from error
         return memory.data_ptr(), memory
+
+    def allocate_on_device(self, nbytes: int) -> tuple[int, Any]:
+        """Device memory, from torch's own: its address, and what keeps it alive."""
+        import torch
+
+        try:
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except RuntimeError as error:
+            raise DeviceFailed(f"{nbytes:,} bytes on {self.device} could not be had: {error}") from error
+        return memory.data_ptr(), memory
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Any other call of the driver, with arguments of ctypes' types."""
+        self._check(name, self._driver[name](*arguments))
 
     def runs(self, way: str, to: Addresses, source: Addresses, sizes: Addresses, stream: Stream) -> None:
         """Copy runs; `way` is to_device, to_host or within. Arrays of one length, int64.
@@ -128,9 +149,7 @@ class Cuda:
             source_kind=source_kind, source_host=source[0], source_device=source[0], source_pitch=source[1],
             to_kind=to_kind, to_host=to[0], to_device=to[0], to_pitch=to[1], width=shape[1], height=shape[0],
         )  # fmt: skip
-        self._check(
-            "cuMemcpy2DAsync", self._driver.cuMemcpy2DAsync_v2(ctypes.byref(matrix), ctypes.c_void_p(stream.handle))
-        )
+        self.call("cuMemcpy2DAsync_v2", ctypes.byref(matrix), ctypes.c_void_p(stream.handle))
 
     @cached_property
     def _functions(self) -> dict[str, Any]:

@@ -1,21 +1,25 @@
 """Slots in GPU memory.
 
-Checksums are of the host bytes that the copies read, taken while the copies run. That is enough: those bytes are in
-page-locked memory that nobody rewrites while it is published, the bus checks every packet and repeats a broken one,
-and GPU memory corrects its own errors. Reading everything back would take the bus as long again.
+A block is verified after it was copied, where it then lies: the GPU takes its checksum (`transfer.device_checksum`).
+Where it cannot, the checksum is of the host bytes, taken while the copy runs: a slot that holds a part of each block,
+or a device without a compiler for it. Those bytes are in page-locked memory that nobody rewrites while it is published,
+the bus checks every packet and repeats a broken one, and GPU memory corrects its own errors.
 """
 
 from __future__ import annotations
 
-import itertools
+import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from shm.checksum import checksum
 from transfer.cuda import Cuda, Stream
+from transfer.device_checksum import DeviceChecksums, Workspace
+from transfer.errors import TransferFailed
 from transfer.host_slots import UNEQUAL
 from transfer.memory import view
 from transfer.slot_table import Copies, SlotTable
@@ -23,18 +27,36 @@ from transfer.staging import Staging
 
 Int64s = npt.NDArray[np.int64]
 
-STREAMS = 4  # the pause of a small copy on one is filled by the others
+LANES = 4  # with one on the bus, the others are queued behind it or being verified
+LANES_HASHING = 16  # where the processor takes the checksums
+LANE_WAIT_S_MAX = 60.0
+PITCH_MAX = (1 << 31) - 1  # CU_DEVICE_ATTRIBUTE_MAX_PITCH
+_WAYS = {"to_device": ("address_pitch", "block_pitch"), "to_host": ("block_pitch", "address_pitch")}
+
+
+class Lane(NamedTuple):
+    """What one thread copies with."""
+
+    stream: Stream
+    workspace: Workspace | None
 
 
 class DeviceSlots:
     """CUDA tensors. Host memory to copy from should be page-locked; else copies run at a seventh of the speed."""
 
-    def __init__(self, table: SlotTable, cuda: Cuda, staging: Staging) -> None:
+    def __init__(
+        self, table: SlotTable, cuda: Cuda, staging: Staging, checksums: DeviceChecksums | None = None
+    ) -> None:
+        """Without `checksums` the processor takes them all."""
         self._table = table
         self._cuda = cuda
         self._staging = staging
-        self._streams = tuple(cuda.open_stream() for _ in range(STREAMS))
-        self._turn = itertools.count()
+        self._checksums = checksums
+        self.lanes = LANES if checksums else LANES_HASHING
+        self._streams = tuple(cuda.open_stream() for _ in range(self.lanes))
+        self._free: queue.LifoQueue[Lane] = queue.LifoQueue()
+        for stream in self._streams:
+            self._free.put(Lane(stream, checksums.open_workspace() if checksums else None))
 
     def follow(self) -> None:
         """Let the copies to come wait for what the engine has queued on the device until now."""
@@ -47,16 +69,21 @@ class DeviceSlots:
         copies, number = self._table.copies_of([row for row, _ in blocks])
         sources = np.array([address for _, address in blocks], np.int64)[number] + copies["block_offset"]
         first = copies["slot"] == 0
-        with self._stream() as stream:
-            self._copy("to_device", copies[first], copies["address"][first], sources[first], stream)
+        with self._lane() as lane:
+            self._copy("to_device", copies[first], copies["address"][first], sources[first], lane.stream)
             if not first.all():
                 for row, _ in blocks:
-                    self._spread(row, stream)
+                    self._spread(row, lane.stream)
             nbytes = self._table.manifest.nbytes
-            return {row: checksum(view(address, int(nbytes[row]))) for row, address in blocks}
+            there = [row for row, _ in blocks if self._is_covered(row)]
+            here = {row: checksum(view(address, int(nbytes[row]))) for row, address in blocks if row not in set(there)}
+            return here | self._take(there, lane)
 
     def check(self, row: int) -> bytes:
-        """Back over the bus, through staging."""
+        """On the device, or else back over the bus, through staging."""
+        if self._is_covered(row):
+            with self._lane() as lane:
+                return self._take([row], lane)[row]
         nbytes = int(self._table.manifest.nbytes[row])
         copies, seen = self._table.copies(row), set()
         with self._staging.take() as buffer:
@@ -64,14 +91,15 @@ class DeviceSlots:
             for slot in range(int(copies["slot"].max()) + 1):
                 block[:] = bytes(nbytes)  # alignment between tensors is zeros
                 chosen = copies[copies["slot"] == slot]
-                with self._stream() as stream:
-                    self._copy("to_host", chosen, chosen["block_offset"] + buffer.address, chosen["address"], stream)
+                with self._lane() as lane:
+                    to = chosen["block_offset"] + buffer.address
+                    self._copy("to_host", chosen, to, chosen["address"], lane.stream)
                 seen.add(checksum(block))
         return seen.pop() if len(seen) == 1 else UNEQUAL
 
     def spread(self, row: int) -> None:
-        with self._stream() as stream:
-            self._spread(row, stream)
+        with self._lane() as lane:
+            self._spread(row, lane.stream)
 
     def _spread(self, row: int, stream: Stream) -> None:
         copies = self._table.copies(row)
@@ -80,24 +108,78 @@ class DeviceSlots:
             sibling = copies[copies["slot"] == slot]
             self._copy("within", sibling, sibling["address"], first["address"], stream)
 
+    # -- the device ------------------------------------------------------------------------------------------
+
+    def _is_covered(self, row: int) -> bool:
+        return self._checksums is not None and self._checksums.covers(row)
+
+    def _take(self, rows: Sequence[int], lane: Lane) -> dict[int, bytes]:
+        """The checksums of what lies on the device once all that is queued is done."""
+        if self._checksums is None or lane.workspace is None:
+            return {}
+        return self._checksums.take(rows, lane.workspace, lane.stream)
+
     @contextmanager
-    def _stream(self) -> Iterator[Stream]:
-        """One of the streams; what is queued on it in the block is done when the block ends, also when it fails."""
+    def _lane(self) -> Iterator[Lane]:
+        """One of the lanes; what is queued on it in the block is done when the block ends, also when it fails."""
         self._cuda.enter()
-        stream = self._streams[next(self._turn) % len(self._streams)]
         try:
-            yield stream
+            lane = self._free.get(timeout=LANE_WAIT_S_MAX)
+        except queue.Empty:
+            raise TransferFailed(f"the device took no more copies for {LANE_WAIT_S_MAX:.0f} s") from None
+        try:
+            yield lane
         finally:
-            stream.wait()
+            try:
+                lane.stream.wait()
+            finally:
+                self._free.put(lane)
 
     def _copy(self, way: str, copies: Copies, to: Int64s, source: Int64s, stream: Stream) -> None:
         """Queue the copies with these addresses; `way` is to_device, to_host or within."""
         runs = copies["rows"] == 1
-        self._cuda.runs(way, to[runs], source[runs], copies["run_nbytes"][runs], stream)
-        if runs.all():
-            return
-        device, host = copies["address_pitch"], copies["block_pitch"]
-        to_pitch, pitch = {"to_device": (device, host), "to_host": (host, device), "within": (device, device)}[way]
+        alone = self._fold(way, copies[runs], to[runs], source[runs], stream)
+        self._cuda.runs(way, to[runs][alone], source[runs][alone], copies["run_nbytes"][runs][alone], stream)
+        to_pitch, pitch = (copies[name] for name in _WAYS.get(way, ("address_pitch", "address_pitch")))
         for at in np.flatnonzero(~runs).tolist():
             shape = int(copies["rows"][at]), int(copies["run_nbytes"][at])
             self._cuda.rows(way, (int(to[at]), int(to_pitch[at])), (int(source[at]), int(pitch[at])), shape, stream)
+
+    def _fold(self, way: str, runs: Copies, to: Int64s, source: Int64s, stream: Stream) -> list[int]:
+        """Queue runs that lie at equal distances as the rows of one matrix; returns the indices of the others.
+
+        The same tensor of neighbouring experts is such a matrix. A copy costs the bus some 5 us whatever its size, and
+        an expert's fp8 scales are of 3.5 KB each. All rows are of one tensor: CUDA refuses two allocations in one copy.
+        """
+        order = np.lexsort((source, runs["block_offset"], runs["tensor"], runs["run_nbytes"]))
+        alike = runs[["run_nbytes", "tensor"]][order].tolist()
+        places = list(zip(to[order].tolist(), source[order].tolist(), strict=True))
+        alone: list[int] = []
+        at = 0
+        while at < len(order):
+            count, pitches = _equidistant(places, alike, at)
+            if count > 1:
+                to_rows, source_rows = zip(places[at], pitches, strict=True)
+                self._cuda.rows(way, to_rows, source_rows, (count, alike[at][0]), stream)
+            else:
+                alone.append(int(order[at]))
+            at += count
+        return alone
+
+
+def _equidistant(
+    places: Sequence[tuple[int, int]], alike: Sequence[tuple[int, int]], first: int
+) -> tuple[int, tuple[int, int]]:
+    """How many runs from `first` on make a matrix, and its pitches at the destination and at the source.
+
+    `places` are addresses at both; `alike` are sizes and tensors, which a matrix has one of.
+    """
+    pitches, end = (0, 0), first + 1
+    while end < len(places) and alike[end] == alike[first]:
+        step = places[end][0] - places[end - 1][0], places[end][1] - places[end - 1][1]
+        if end == first + 1:
+            pitches = step
+        if step != pitches or min(step) < alike[first][0] or max(step) > PITCH_MAX:
+            break
+        end += 1
+    return end - first, pitches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -19,6 +20,11 @@ UNEQUAL = b""  # in place of a checksum: the slots of one expert do not hold the
 
 class SlotMemory(Protocol):
     """The memory that a rank's slots lie in. Called from several threads, for different blocks."""
+
+    @property
+    def lanes(self) -> int:
+        """How many threads that put blocks it keeps busy."""
+        ...
 
     def put(self, blocks: Sequence[tuple[int, int]]) -> dict[int, bytes]:
         """Copy whole blocks, given as (manifest row, address in host memory), into all their slots.
@@ -49,6 +55,7 @@ class HostSlots:
 
     def __init__(self, table: SlotTable) -> None:
         self._table = table
+        self.lanes = os.cpu_count() or 2
 
     def put(self, blocks: Sequence[tuple[int, int]]) -> dict[int, bytes]:
         return {row: self._put(row, address) for row, address in blocks}
@@ -57,7 +64,7 @@ class HostSlots:
         slots = self._table.by_slot(row)
         nbytes = int(self._table.manifest.nbytes[row])
         if self._table.is_direct(row):
-            return _agreed(_copy_and_check(copies, address, nbytes) for copies in slots)
+            return agreed(_copy_and_check(copies, address, nbytes) for copies in slots)
         block = view(address, nbytes)
         before = UNEQUAL if self._table.is_whole(row) else checksum(block)
         for copies in slots:
@@ -67,7 +74,7 @@ class HostSlots:
     def check(self, row: int) -> bytes:
         nbytes = int(self._table.manifest.nbytes[row])
         take = _check if self._table.is_direct(row) else _gather_and_check
-        return _agreed(take(copies, nbytes) for copies in self._table.by_slot(row))
+        return agreed(take(copies, nbytes) for copies in self._table.by_slot(row))
 
     def follow(self) -> None:
         """Nothing is ever queued on a CPU."""
@@ -79,7 +86,8 @@ class HostSlots:
                 ctypes.memmove(copy.address, source.address, copy.run_nbytes)
 
 
-def _agreed(checksums: Iterable[bytes]) -> bytes:
+def agreed(checksums: Iterable[bytes]) -> bytes:
+    """The checksum of all slots of one expert; UNEQUAL if they differ."""
     seen = set(checksums)
     return seen.pop() if len(seen) == 1 else UNEQUAL
 

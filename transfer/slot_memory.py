@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import TYPE_CHECKING
+
 from shm.manifest import Manifest
 from transfer.host_slots import HostSlots, SlotMemory
 from transfer.slot_layouts import SlotMismatch
@@ -9,7 +12,13 @@ from transfer.slot_table import SlotTable
 from transfer.slots import Slots
 from transfer.staging import Staging
 
+if TYPE_CHECKING:
+    from transfer.cuda import Cuda
+    from transfer.device_checksum import DeviceChecksums
+
 CPU = "cpu"
+
+_log = logging.getLogger("hotspare.restorer")
 
 
 def device_of(slots: Slots) -> str:
@@ -29,6 +38,18 @@ def check_not_moved(slots: Slots) -> None:
             raise SlotMismatch(
                 f"{tensor.name} has moved in memory since it was bound: describe the slots and bind again"
             )
+
+
+def _checksums_on(table: SlotTable, cuda: Cuda) -> DeviceChecksums | None:
+    """None where the device cannot take them: the processor does then."""
+    from transfer.cuda import DeviceFailed
+    from transfer.device_checksum import DeviceChecksums
+
+    try:
+        return DeviceChecksums(table, cuda)
+    except DeviceFailed as error:
+        _log.warning("the processor takes the checksums of GPU slots, which is slower: %s", error)
+        return None
 
 
 class BoundSlots:
@@ -51,7 +72,7 @@ class BoundSlots:
 
             cuda = Cuda(self.device)
             self.staging = Staging(*sizes, cuda.allocate)
-            self.memory = DeviceSlots(self.table, cuda, self.staging)
+            self.memory = DeviceSlots(self.table, cuda, self.staging, _checksums_on(self.table, cuda))
 
     def close(self, *, is_engine_gone: bool) -> None:
         """Give the ring back."""

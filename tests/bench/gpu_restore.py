@@ -21,19 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import workbench
-import xxhash
 from safetensors.torch import load_file, save_file
 from workbench import Bench, Daemon, bench
 
 from shm.attachment import Attachment
 from shm.errors import SegmentError
 from shm.manifest import ExpertKey
-from transfer import Restorer, device_slots, slot_sources
-from transfer.engine import Copy, MooncakeEngine
-from transfer.memory import view
+from transfer import Restorer, device_slots, slot_memory, slot_sources
+from transfer.engine import Copy, MooncakeEngine, within_pieces
 from transfer.slots import Slots
 
 DEVICE = "cuda:0"
@@ -41,7 +38,7 @@ HOST = "127.0.0.1"
 FILES = 16
 REPEATS = 5
 LOADER_THREADS = (1, 8, 16)
-READER_THREADS = (1, 2, 4)
+READER_THREADS = (1, 2, 3, 4)
 ITEM_NBYTES = 8 << 20
 CALL_NBYTES = 128 << 20
 ELSEWHERE = "elsewhere"  # a model name that finds no segment on this host, so that peers serve
@@ -181,15 +178,25 @@ def in_items(copies: Sequence[Copy]) -> list[list[Copy]]:
 
 
 def bare_read(
-    engine: MooncakeEngine, session_id: str, copies: Sequence[Copy], threads: int, repeats: int
+    read: Callable[[str, Sequence[Copy]], None], session_id: str, copies: Sequence[Copy], threads: int, repeats: int
 ) -> list[float]:
     calls = in_items(copies)
 
     def run() -> None:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda call: engine.read(session_id, call), calls))
+            list(pool.map(lambda call: read(session_id, call), calls))
 
     return best(run, repeats)
+
+
+def waiting_read(engine: MooncakeEngine) -> Callable[[str, Sequence[Copy]], None]:
+    """The call that waits by itself, with the same engine."""
+
+    def read(session_id: str, call: Sequence[Copy]) -> None:
+        to, source, sizes = map(list, zip(*within_pieces(call), strict=True))
+        assert engine._engine.batch_transfer_sync_read(session_id, to, source, sizes) == 0
+
+    return read
 
 
 def serve_default() -> None:
@@ -308,55 +315,20 @@ def local_figures(figures: Figures, url: str, held: Experts, right: Experts, lay
         figures.add("bare page-locked copy of the segment, again", bare_copy(attachment, figures.nbytes))
 
 
-class PiecewiseSlots(device_slots.DeviceSlots):
-    """Checksums first, then copies, piece by piece: the device then reads what is still in the processor's caches,
-    and main memory is read once instead of twice. Each lane has one piece on its way. For slots of runs, without
-    siblings."""
-
-    piece_nbytes = 2 << 20
-
-    def put(self, blocks: Sequence[tuple[int, int]]) -> dict[int, bytes]:
-        self._cuda.enter()
-        stream = self._streams[next(self._turn) % len(self._streams)]
-        return {row: self._put(row, address, stream) for row, address in blocks}
-
-    def _put(self, row: int, address: int, stream: Any) -> bytes:
-        digest, end = xxhash.xxh3_128(), 0
-        for _, _, offset, to, _, nbytes, *_ in self._table.copies(row).tolist():
-            digest.update(bytes(offset - end))
-            for at in range(0, nbytes, self.piece_nbytes):
-                size = min(self.piece_nbytes, nbytes - at)
-                digest.update(view(address + offset + at, size))
-                stream.wait()
-                ways = (np.array([n], np.int64) for n in (to + at, address + offset + at, size))
-                self._cuda.runs("to_device", *ways, stream)
-            end = offset + nbytes
-        stream.wait()
-        return digest.digest()
-
-
 def local_variants(figures: Figures, url: str, held: Experts, layers: int, shape: str) -> None:
     slots = Slots.fused(held)
-    for streams, size in ((1, 128), (4, 32)):
+    for lanes, size in ((2, 256), (3, 256), (6, 256), (4, 128), (8, 128), (4, 512)):
         with (
-            constant(device_slots, "STREAMS", streams),
+            constant(device_slots, "LANES", lanes),
             constant(slot_sources, "LOCAL_BATCH_NBYTES_MAX", size << 20),
             Restorer(url) as restorer,
         ):
             restorer.bind(slots)
             taken = restored(restorer, held, "local")
-            figures.add(f"  variant: {streams} streams, batches up to {size} MiB", taken)
-    for lanes, size in ((16, 1), (16, 2), (16, 4), (8, 4)):
-        with (
-            constant(device_slots, "STREAMS", lanes),
-            constant(slot_sources, "LOCAL_LANES_MAX", lanes),
-            constant(PiecewiseSlots, "piece_nbytes", size << 20),
-            constant(device_slots, "DeviceSlots", PiecewiseSlots),
-            Restorer(url) as restorer,
-        ):
-            restorer.bind(slots)
-            taken = restored(restorer, held, "local")
-            figures.add(f"  variant: checksum, then copy, {size} MiB pieces, {lanes} lanes", taken)
+            figures.add(f"  variant: {lanes} lanes, batches up to {size} MiB", taken)
+    with constant(slot_memory, "_checksums_on", lambda *_: None), Restorer(url) as restorer:
+        restorer.bind(slots)
+        figures.add("  variant: checksums by the processor", restored(restorer, held, "local"))
     with constant(Attachment, "pin", refuse_pin), Restorer(url) as restorer:
         restorer.bind(slots)
         figures.add("  variant: not page-locked, through host buffers", restored(restorer, held, "local"))
@@ -394,13 +366,14 @@ def remote_figures(
             copies.append(Copy(at, replica.address, int(bound.manifest.nbytes[row])))
             at += copies[-1].nbytes
         for threads in READER_THREADS:
-            taken = bare_read(engine, session_id, copies, threads, 3)
-            figures.add(f"bare tuned read into host memory, {threads} threads", taken)
+            for verb, read in {"Mooncake's own wait": waiting_read(engine), "asked now and then": engine.read}.items():
+                taken = bare_read(read, session_id, copies, threads, 3)
+                figures.add(f"bare tuned read, {verb}, {threads} threads", taken)
         engine.unregister(ranges)
         again = best(restorer.restore)
         figures.add("restore, a peer over TCP, verified, again", again)
     figures.rates["bare tuned read, the best"] = max(
-        figures.rates[f"bare tuned read into host memory, {threads} threads"] for threads in READER_THREADS
+        rate for what, rate in figures.rates.items() if what.startswith("bare tuned read, ")
     )
     if more:
         remote_variants(figures, url, held, slots)
@@ -413,16 +386,19 @@ def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> 
         started = time.perf_counter()
         assert restorer.restore().ok
         figures.add("  variant: straight into GPU memory, read back", [time.perf_counter() - started])
-    for reads, lanes, item in ((1, 4, 8), (3, 6, 8), (2, 6, 16)):
+    for lanes, item in ((2, 8), (4, 8), (8, 8), (6, 16)):
         with (
-            constant(slot_sources, "READS_AT_ONCE", reads),
+            constant(device_slots, "LANES", lanes),
             constant(slot_sources, "PEER_LANES_MAX", lanes),
             constant(slot_sources, "ITEM_NBYTES_MAX", item << 20),
             Restorer(url, model=ELSEWHERE) as restorer,
         ):
             restorer.bind(slots)
             taken = restored(restorer, held, "peer")
-            figures.add(f"  variant: {reads} reads at once, {lanes} lanes, items of {item} MiB", taken)
+            figures.add(f"  variant: {lanes} lanes, items of {item} MiB", taken)
+    with constant(slot_memory, "_checksums_on", lambda *_: None), Restorer(url, model=ELSEWHERE) as restorer:
+        restorer.bind(slots)
+        figures.add("  variant: checksums by the processor", restored(restorer, held, "peer"))
 
 
 def measure(made: Bench, shape: str, nbytes: int, default: float, *, more: bool) -> dict[str, float]:

@@ -166,6 +166,43 @@ def test_what_lies_on_the_device_is_checked_there(cuda: Any) -> None:
     assert memory.check(2) == checksum(memoryview(content[2]))
 
 
+@pytest.mark.parametrize(("placement", "singles"), [([0, 1, 2, 3, 4], 0), ([0, 2, 4, 1, 3], 0), ([4, 3, 2, 1, 0], 20)])
+def test_neighbours_are_copied_together_and_never_two_tensors(
+    cuda: Any, placement: list[int], singles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, held = manifest(), parameters(EXPERTS, 1)
+    slots = Slots.fused(held, physical_to_logical={1: placement})
+    table = SlotTable(slots.plan(of), of)
+    memory = DeviceSlots(table, cuda, Staging(int(of.nbytes.max()), int(of.nbytes.sum()), cuda.allocate))
+    given, content, _alive = blocks(of)
+    matrices: list[tuple[int, int]] = []
+    runs: list[int] = []
+    copy_rows, copy_runs = cuda.rows, cuda.runs
+
+    def rows(way: str, to: tuple[int, int], source: tuple[int, int], shape: tuple[int, int], stream: Any) -> None:
+        end = to[0] + (shape[0] - 1) * to[1] + shape[1]
+        tensors = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in held.values()]
+        assert any(start <= to[0] and end <= stop for start, stop in tensors)
+        matrices.append(shape)
+        copy_rows(way, to, source, shape, stream)
+
+    def count_runs(way: str, to: np.ndarray, *rest: Any) -> None:
+        runs.extend(to.tolist())
+        copy_runs(way, to, *rest)
+
+    monkeypatch.setattr(cuda, "rows", rows)
+    monkeypatch.setattr(cuda, "runs", count_runs)
+    assert memory.put(given) == {row: checksum(memoryview(block)) for row, block in enumerate(content)}
+    copied = len(runs) + sum(count for count, _ in matrices)
+    assert copied == len(table.copies_of(table.rows)[0]), "every run once"
+    assert len(runs) >= singles
+    if not singles:
+        assert len(matrices) < copied / 2
+    for slot, expert in enumerate(placement):
+        down = held["model.layers.1.mlp.experts.w2_weight"][slot]
+        assert torch.equal(raw(down), tensor(of, content[expert], "down_proj.weight"))
+
+
 def test_nothing_is_copied_for_nothing(cuda: Any) -> None:
     of = manifest()
     table = SlotTable(Slots.fused(parameters(EXPERTS, 1)).plan(of), of)
