@@ -13,7 +13,9 @@ from starlette.exceptions import HTTPException
 import shm.errors
 import transfer.errors
 from app import problems
+from app.main import create_app
 from app.problems import MEDIA_TYPE, OTHER_PROBLEM_TYPES, PROBLEM_TYPES, ApiError, Problem, problem_responses
+from app.settings import Settings
 from shm.errors import HotspareError, InvalidInput, SegmentBusy, SharedMemoryFull
 
 PAGE = Path(__file__).parents[2] / "docs" / "problems.md"
@@ -149,7 +151,34 @@ async def test_an_unknown_path_and_method_are_problems() -> None:
     assert missing.json()["instance"] == "/nope"
     wrong = await ask(app, "DELETE")
     assert (wrong.status_code, wrong.json()["type"]) == (405, "urn:hotspare:problem:method-not-allowed")
-    assert wrong.headers["allow"] in wrong.json()["detail"]
+    assert wrong.headers["allow"] == "GET, POST"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("PATCH", "/v1/consumers/rank-0", "DELETE, GET, PUT"),  # a route for each
+        ("DELETE", "/v1/restores", "GET, POST"),
+        ("GET", "/v1/consumers/rank-0/renew", "POST"),
+        ("POST", "/livez", "GET"),
+        ("DELETE", "/docs/assets/v1/restores", "GET, HEAD"),  # a file that is not there, not our /v1/restores
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "/behind"])
+async def test_a_wrong_method_is_told_every_method_of_the_path(method: str, path: str, allow: str, prefix: str) -> None:
+    app = create_app(Settings(model="moe"))
+    transport = httpx.ASGITransport(app, root_path=prefix)
+    async with httpx.AsyncClient(transport=transport, base_url="http://node") as client:
+        response = await client.request(method, prefix + path)
+    assert (response.status_code, response.headers["allow"]) == (405, allow)
+    assert response.headers["content-type"] == MEDIA_TYPE
+    assert response.json() == {
+        "type": "urn:hotspare:problem:method-not-allowed",
+        "title": "The path has no such method",
+        "status": 405,
+        "detail": f"{prefix}{path} does not take {method}: it takes {allow}",
+        "instance": f"{prefix}{path}",
+    }
 
 
 async def test_another_http_exception_is_about_blank() -> None:
