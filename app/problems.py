@@ -210,7 +210,9 @@ async def _on_hotspare_error(request: Request, error: Exception) -> JSONResponse
 
 def _field_error(error: Mapping[str, Any]) -> FieldError:
     location, *path = error["loc"] or ("body",)
-    return FieldError(location=str(location), field=".".join(map(str, path)), message=error["msg"])
+    cause = error.get("ctx", {}).get("error")  # what a validator of ours raised; `msg` says "Value error, " before it
+    message = str(cause) if isinstance(cause, ValueError) else error["msg"]
+    return FieldError(location=str(location), field=".".join(map(str, path)), message=message)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,8 +1,10 @@
 import inspect
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import httpx
 import pytest
@@ -125,6 +127,29 @@ async def test_each_refused_value_is_listed() -> None:
     errors = response.json()["errors"]
     assert [(e["location"], e["field"]) for e in errors] == [("body", "layer"), ("body", "names.1")]
     assert all(e["field"] in response.json()["detail"] and e["message"] for e in errors)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"target": {}}, "give node_id or consumer_id, one of them"),
+        (
+            {"target": {"node_id": "n"}, "read_back": True},
+            "read_back is for consumers: a node verifies its own memory anyway",
+        ),
+    ],
+)
+def test_what_a_validator_of_ours_says_is_said_without_a_word_of_pydantics(
+    live_node: Callable[..., Any], body: dict[str, Any], said: str
+) -> None:
+    problem = live_node().ask("POST", "/v1/restores", json=body).json()
+    assert [each["message"] for each in problem["errors"]] == [said]
+    assert problem["detail"] == f"{problem['errors'][0]['field'] or 'body'}: {said}"
+
+
+async def test_what_pydantic_says_itself_stays() -> None:
+    response = await ask(raising(RuntimeError()), "POST", content=b"{", headers={"content-type": "application/json"})
+    assert [each["message"] for each in response.json()["errors"]] == ["JSON decode error"]
 
 
 async def test_a_refused_query_parameter_is_listed() -> None:
