@@ -283,7 +283,7 @@ class RestoreStore:
         return [d.model_copy(update={"failed": d.failed[:FAILED_IN_LIST_MAX]}) for d in newest_first]
 
     def bytes_by_source(self) -> Counter[str]:
-        """Bytes that restores of this node have brought since it started, those forgotten included. Only grows."""
+        """Bytes that restores into this node and its consumers brought, those forgotten included. Only grows."""
         with self._lock:
             total = Counter(self._forgotten_bytes)
             for restore in self._kept.values():
