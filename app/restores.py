@@ -65,6 +65,8 @@ class LocalRestore:
             _log.exception("restore %s ended in an unforeseen way", self.id)
             self.progress.finish(RestoreState.FAILED, f"{type(error).__name__}: {error}")
         finally:
+            with self._lock:
+                self._running = None  # it maps the memory it wrote to, and a restore is remembered for long
             self.finished.set()
 
     def _run(self, target: Node | ConsumerPush) -> None:
