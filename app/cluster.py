@@ -2,6 +2,8 @@
 
 `app.membership` decides what to think of a peer; here is the I/O. A peer's map is fetched again when its session or
 revision changed, and kept until the peer is given up: what one missed poll says does not make its blocks gone.
+
+Ages are taken from a clock that only goes forward: the host's date may be set at any time, and nobody died of it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 
 from app.membership import Membership, NodeReport, Peer, PeerState
 from app.peers import PeerBlocks, PeerClient
@@ -31,6 +34,7 @@ class Cluster:
         self._client = client
         self._manifest: Manifest | None = None
         self._blocks: dict[str, PeerBlocks] = {}
+        self._last_seen: dict[str, datetime] = {}
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._poller: threading.Thread | None = None
@@ -72,10 +76,11 @@ class Cluster:
             report = NodeReport.from_json(self._client.node(peer.url))
         except HotspareError as error:
             with self._lock:
-                self._membership.failed(peer.node_id, str(error), time.time())
+                self._membership.failed(peer.node_id, str(error), time.monotonic())
             return
         with self._lock:
-            seen = self._membership.answered(peer.node_id, report, time.time())
+            seen = self._membership.answered(peer.node_id, report, time.monotonic())
+            self._last_seen[peer.node_id] = datetime.now(UTC)
             manifest, known = self._manifest, self._blocks.get(peer.node_id)
         if manifest is None or seen.conflict or not report.session_id or report.manifest_digest != manifest.digest:
             with self._lock:
@@ -96,9 +101,14 @@ class Cluster:
     # -- what is known ---------------------------------------------------------------------------------------
 
     def peers(self) -> list[Peer]:
-        """Every peer that was named, by node id. `last_seen` is in seconds since the epoch."""
+        """Every peer that was named, by node id. Times are of `time.monotonic`."""
         with self._lock:
-            return self._membership.peers(time.time())
+            return self._membership.peers(time.monotonic())
+
+    def last_seen(self, node_id: str) -> datetime | None:
+        """When a peer last answered, as this host's date was then: for people, never to count with."""
+        with self._lock:
+            return self._last_seen.get(node_id)
 
     def url(self, node_id: str) -> str:
         """Where a peer's control plane is; raises InvalidInput for a node that was never named."""

@@ -80,7 +80,7 @@ def _text_or_none(document: Mapping[str, Any], name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One peer, as this node sees it at one moment. Times in seconds of the caller's clock."""
+    """One peer, as this node sees it at one moment. Times in seconds of the caller's clock, which must never jump."""
 
     node_id: str
     url: str
@@ -89,7 +89,8 @@ class Peer:
     """Why it cannot be used although it answered."""
     warning: str | None = None
     """What it should be told, although it can be used: that it places blocks otherwise than we do."""
-    last_seen: float | None = None
+    heard_at: float | None = None
+    """When it last answered."""
     failures: int = 0
     """Polls that failed since the last answer."""
     failing_since: float | None = None
@@ -126,7 +127,7 @@ class Membership:
     def answered(self, node_id: str, report: NodeReport, now: float) -> Peer:
         """A poll of `node_id` brought `report`; raises InvalidInput if there is no such peer."""
         before = self._get(node_id)
-        after = replace(before, report=report, last_seen=now, failures=0, failing_since=None, error=None)
+        after = replace(before, report=report, heard_at=now, failures=0, failing_since=None, error=None)
         if report.node_id == node_id and report.session_id not in ("", before.session_id):
             after = replace(after, session_id=report.session_id, sessions=before.sessions + 1)
         return self._note(after, now)
@@ -194,7 +195,7 @@ def _state(peer: Peer, now: float) -> PeerState:
     if peer.failing_since is not None:
         given_up = peer.failures >= FAILURES_MAX or now - peer.failing_since >= UNREACHABLE_AFTER_S
         return PeerState.UNREACHABLE if given_up else PeerState.SUSPECT
-    heard = peer.last_seen is not None and now - peer.last_seen < SUSPECT_AFTER_S
+    heard = peer.heard_at is not None and now - peer.heard_at < SUSPECT_AFTER_S
     return PeerState.ALIVE if heard else PeerState.SUSPECT
 
 

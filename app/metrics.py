@@ -45,10 +45,18 @@ class NodeCollector:
         restores = self._context.restores
         local = [restore for restore in restores.all() if isinstance(restore, LocalRestore)]
         states = Counter(restore.progress.state for restore in local)
-        yield self._by_label("hotspare_restores", "Restores that this node does or did and remembers.", "state", {
-            state.value: states[state] for state in RestoreState
-        })  # fmt: skip
-        moved = CounterMetricFamily("hotspare_restored_bytes", "Bytes they brought, by source.", labels=["source"])
+        yield self._by_label(
+            "hotspare_restores",
+            "Restores that this node does, or did and remembers, into its segment and into its consumers' memory. "
+            "Those it asked other nodes to do are counted there.",
+            "state",
+            {state.value: states[state] for state in RestoreState},
+        )
+        moved = CounterMetricFamily(
+            "hotspare_restored_bytes",
+            "Bytes that restores into its segment and its consumers' memory brought since it started, by source.",
+            labels=["source"],
+        )
         for source, nbytes in sorted(restores.bytes_by_source().items()):
             moved.add_metric([source], nbytes)
         yield moved

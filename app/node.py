@@ -390,9 +390,12 @@ class Node:
             segment, self._segment = self._segment, None
             if segment is None:
                 return
-            if self.engine is not None and self._registered:
-                self.engine.unregister(self._registered)
-                self._registered = []
+            try:
+                if self.engine is not None:
+                    self.engine.unregister(self._registered)
+            except Exception:  # what it will not give back must not keep the segment owned
+                _log.exception("the engine did not let go of the segment's memory: closing the segment all the same")
+            self._registered = []
             if segment.state is SegmentState.SEALED:
                 segment.close()
             else:

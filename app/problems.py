@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Match, Mount
 
 from shm import errors as shm_errors
 from shm.errors import HotspareError
@@ -31,6 +32,7 @@ from transfer import errors as transfer_errors
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:hotspare:problem:"
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 FIELD_ERRORS_MAX = 100  # of one request; a body of many thousand wrong experts says no more than the first hundred
 
 _log = logging.getLogger("hotspare.api")
@@ -208,7 +210,9 @@ async def _on_hotspare_error(request: Request, error: Exception) -> JSONResponse
 
 def _field_error(error: Mapping[str, Any]) -> FieldError:
     location, *path = error["loc"] or ("body",)
-    return FieldError(location=str(location), field=".".join(map(str, path)), message=error["msg"])
+    cause = error.get("ctx", {}).get("error")  # what a validator of ours raised; `msg` says "Value error, " before it
+    message = str(cause) if isinstance(cause, ValueError) else error["msg"]
+    return FieldError(location=str(location), field=".".join(map(str, path)), message=message)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -220,15 +224,26 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     return _response(request, _INVALID, shown + more, errors=fields)
 
 
+def _allowed(request: Request, said: str) -> str:
+    """Every method of the request's path. The router says only what the first of its routes takes."""
+    scope = request.scope
+    root_path = scope.get("app_root_path", scope.get("root_path", ""))  # routing has changed the latter under a mount
+    asked = {"type": "http", "path": scope["path"], "root_path": root_path, "headers": scope["headers"]}
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]  # that would match any method
+    taken = {m for m in METHODS for r in routes if r.matches({**asked, "method": m})[0] is Match.FULL}
+    return ", ".join(sorted(taken.union(said.split(", ")) - {""}))
+
+
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         detail = f"nothing is at {request.url.path}: GET /openapi.json lists what there is"
         return _response(request, _NOT_FOUND, detail, headers=error.headers)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        detail = f"{request.url.path} does not take {request.method}: it takes {allowed}"
-        return _response(request, _METHOD_NOT_ALLOWED, detail, headers=error.headers)
+        headers = dict(error.headers or {})
+        headers["Allow"] = _allowed(request, headers.get("Allow", ""))
+        detail = f"{request.url.path} does not take {request.method}: it takes {headers['Allow'] or 'no method'}"
+        return _response(request, _METHOD_NOT_ALLOWED, detail, headers=headers)
     # RFC 9457, 4.2.1: a problem that says no more than its status is of type about:blank.
     kind = ProblemType(error.status_code, "", HTTPStatus(error.status_code).phrase)
     return _response(request, kind, error.detail, headers=error.headers, uri="about:blank")

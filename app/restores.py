@@ -11,7 +11,8 @@ import queue
 import threading
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -33,6 +34,7 @@ from transfer.sources import SourceKind
 
 QUEUED_MAX = 64
 KEPT_MAX = 1000  # restores remembered; the oldest finished ones go first
+KEY_WAIT_S = 10.0  # for a request with the same key; another node is given two seconds to answer
 FAILED_LISTED_MAX = 1000
 FAILED_IN_LIST_MAX = 10  # of each, in a list of restores
 ALL_KINDS = frozenset({SourceKind.PEER, SourceKind.DISK})
@@ -65,6 +67,8 @@ class LocalRestore:
             _log.exception("restore %s ended in an unforeseen way", self.id)
             self.progress.finish(RestoreState.FAILED, f"{type(error).__name__}: {error}")
         finally:
+            with self._lock:
+                self._running = None  # it maps the memory it wrote to, and a restore is remembered for long
             self.finished.set()
 
     def _run(self, target: Node | ConsumerPush) -> None:
@@ -130,7 +134,8 @@ class RestoreStore:
         self._queue: queue.Queue[LocalRestore | None] = queue.Queue(QUEUED_MAX)
         self._pushes: queue.Queue[LocalRestore | None] = queue.Queue(QUEUED_MAX)  # an engine waits for no filling node
         self._lock = threading.Lock()
-        self._key_lock = threading.Lock()
+        self._keys_taken: set[str] = set()
+        self._keys_changed = threading.Condition()
         self._workers = {
             name: threading.Thread(target=self._work, args=(waiting,), name=f"hotspare-{name}", daemon=True)
             for name, waiting in (("restore", self._queue), ("push", self._pushes))
@@ -167,17 +172,40 @@ class RestoreStore:
         """
         if key is None:
             return self._start(request, key).document()
-        with self._key_lock:  # two requests with one key at the same time make one restore
-            if key in self._by_key:
-                earlier, restore_id = self._by_key[key]
-                if earlier != request:
-                    raise Conflict(f"Idempotency-Key {key!r} was used for another request: take a new one")
-                if restore_id in self._kept:
-                    return self.get(restore_id).document()
-            restore = self._start(request, key)
+        with self._turn(key):  # two requests with one key at the same time make one restore
+            restore = self._made_with(key, request) or self._start(request, key)
             with self._lock:
                 self._by_key[key] = (request, restore.id)
         return restore.document()
+
+    @contextmanager
+    def _turn(self, key: str) -> Iterator[None]:
+        """Only one request with this key at a time; it may have to ask a slow node, and other keys' do not wait for it.
+
+        Raises Unavailable after KEY_WAIT_S.
+        """
+        with self._keys_changed:
+            if not self._keys_changed.wait_for(lambda: key not in self._keys_taken, KEY_WAIT_S):
+                raise Unavailable(
+                    f"another request with Idempotency-Key {key!r} is under way: ask again for what it made",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            self._keys_taken.add(key)
+        try:
+            yield
+        finally:
+            with self._keys_changed:
+                self._keys_taken.remove(key)
+                self._keys_changed.notify_all()
+
+    def _made_with(self, key: str, request: RestoreRequest) -> AnyRestore | None:
+        """The restore that this key made, if it is remembered. Raises Conflict if it was for another request."""
+        with self._lock:
+            earlier, restore_id = self._by_key.get(key, (request, ""))
+            restore = self._kept.get(restore_id)
+        if earlier != request:
+            raise Conflict(f"Idempotency-Key {key!r} was used for another request: take a new one")
+        return restore
 
     def _start(self, request: RestoreRequest, key: str | None) -> AnyRestore:
         experts = None if request.experts is None else tuple(ExpertKey(e.layer, e.expert) for e in request.experts)
@@ -283,7 +311,7 @@ class RestoreStore:
         return [d.model_copy(update={"failed": d.failed[:FAILED_IN_LIST_MAX]}) for d in newest_first]
 
     def bytes_by_source(self) -> Counter[str]:
-        """Bytes that restores of this node have brought since it started, those forgotten included. Only grows."""
+        """Bytes that restores into this node and its consumers brought, those forgotten included. Only grows."""
         with self._lock:
             total = Counter(self._forgotten_bytes)
             for restore in self._kept.values():

@@ -41,6 +41,10 @@ def restore(
         list[str] | None,
         typer.Option(metavar="peer|disk", callback=_sources, help="Only from there; may be repeated. [default: both]"),
     ] = None,
+    read_back: Annotated[
+        bool,
+        typer.Option("--read-back", help="With --consumer: read what was written back, and compare it. Slower."),
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show its progress until it ends; exit 1 if it fails.")] = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
@@ -51,11 +55,15 @@ def restore(
 
     if (node is None) == (consumer is None):
         raise typer.BadParameter("give one of the two", param_hint="--node ID or --consumer ID")
+    if read_back and consumer is None:
+        raise typer.BadParameter(
+            "it is for --consumer: a node verifies its own memory anyway", param_hint="--read-back"
+        )
     target = {"node_id": node} if consumer is None else {"consumer_id": consumer}
     url = parse_url(url)
     with client(token) as asking:
         experts = _experts(asking, url, node, layer or [], expert or [])
-        body = {"target": target, "experts": experts, "sources": source or None}
+        body = {"target": target, "experts": experts, "sources": source or None, "read_back": read_back}
         answer = asking.request("POST", f"{url}/v1/restores", json=body, timeout=COMMAND_TIMEOUT_S)
         started: Mapping[str, Any] = answer.json()
         document = _watch(asking, url, started, node or f"consumer {consumer}", quiet=json) if wait else started

@@ -89,12 +89,12 @@ def _node_state(state: str | None) -> NodeState | None:
     return next((known for known in NodeState if known == state), None)
 
 
-def _peer_document(peer: Peer) -> PeerDocument:
+def _peer_document(peer: Peer, last_seen: datetime | None) -> PeerDocument:
     return PeerDocument(
         node_id=peer.node_id,
         url=peer.url,
         state=peer.state,
-        last_seen=None if peer.last_seen is None else datetime.fromtimestamp(peer.last_seen, UTC),
+        last_seen=last_seen,
         node_state=_node_state(peer.report.state if peer.report else None),
         conflict=peer.conflict,
         warning=peer.warning,
@@ -112,8 +112,9 @@ def get_nodes(context: CurrentContext, request: Request) -> Nodes:
         self=True,
         node_state=context.node.state,
     )
-    documents = [own, *map(_peer_document, context.cluster.peers())]
-    return Nodes(nodes=sorted(documents, key=lambda d: d.node_id))
+    cluster = context.cluster
+    documents = [_peer_document(peer, cluster.last_seen(peer.node_id)) for peer in cluster.peers()]
+    return Nodes(nodes=sorted([own, *documents], key=lambda d: d.node_id))
 
 
 def _counts(count: CoverageCount) -> CoverageCounts:

@@ -96,13 +96,14 @@ class OddPeer:
         self.answers: dict[str, Answer | Callable[[], Answer]] = {"*": (404, b"{}")}
         self.asked: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.bodies: list[bytes] = []
         odd = self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_: Any) -> None: ...
 
             def answer(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                odd.bodies.append(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
                 name = f"{self.command} {self.path.split('?')[0]}"
                 odd.asked.append(name)
                 odd.headers.append({key.lower(): value for key, value in self.headers.items()})

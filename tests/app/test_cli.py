@@ -8,14 +8,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from app.cli import main
+from app.models import RestoreRequest
 from shm.checksum import checksum
 from shm.inventory import object_names
 from shm.layout import SegmentName, SegmentState
@@ -145,6 +147,7 @@ def make_segment(checkpoint: Path, namespace: str, node: str = "node-a", *, seal
         ["restore"],
         ["restore", "--node", "a", "--consumer", "b"],
         ["restore", "--node", "a", "--source", "tape"],
+        ["restore", "--node", "a", "--read-back"],
         ["restore", "--node", "a", "--layer", "-1"],
         ["restore", "--node", "a", "--url", "not a url"],
         ["status", "--url", "ftp://a"],
@@ -434,6 +437,25 @@ def test_a_restore_that_cannot_be_is_a_failure(checkpoint: Path, namespace: str,
             assert done.returncode == 1, arguments
             assert said in done.stderr
         assert daemon.stop() == 0
+
+
+def test_read_back_reaches_the_node_for_a_consumer_and_only_when_asked_for(odd_peer: Callable[[], Any]) -> None:
+    peer = odd_peer()
+    for flags in (["--read-back"], []):
+        hotspare("restore", "--consumer", "rank-3", *flags, "--url", peer.url)
+    asked = [RestoreRequest.model_validate_json(body) for body in peer.bodies]
+    assert peer.asked == ["POST /v1/restores"] * 2
+    assert [(request.target.consumer_id, request.read_back) for request in asked] == [
+        ("rank-3", True),
+        ("rank-3", False),
+    ]
+
+
+def test_read_back_of_a_node_is_wrong_use_and_says_whose_it_is() -> None:
+    done = hotspare("restore", "--node", "node-a", "--read-back")
+    assert done.returncode == 2
+    assert "--read-back" in done.stderr
+    assert "for --consumer" in done.stderr
 
 
 def test_a_token_is_asked_for_and_shown(checkpoint: Path, namespace: str, port: int, tmp_path: Path) -> None:

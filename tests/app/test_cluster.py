@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -11,7 +13,7 @@ import pytest
 
 from app import cluster as cluster_module
 from app.cluster import Cluster
-from app.membership import FAILURES_MAX, Membership, PeerState
+from app.membership import FAILURES_MAX, SUSPECT_AFTER_S, Membership, PeerState
 from app.peers import PeerClient
 from shm.errors import InvalidInput, ManifestError
 from shm.manifest import Manifest
@@ -149,6 +151,65 @@ def test_one_missed_poll_takes_nothing_away_but_a_lost_peer_does(
     assert cluster.peers()[0].error
 
 
+DAY_S = 86_400.0
+
+
+@pytest.mark.parametrize("jump_s", [3 * DAY_S, -3 * DAY_S], ids=["forward", "back"])
+def test_nobody_becomes_suspect_or_lost_when_the_hosts_date_is_set(
+    cluster_of: Callable[..., Cluster],
+    odd_peer: Callable[[], Any],
+    manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    jump_s: float,
+) -> None:
+    alive, failing = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
+    cluster = cluster_of(alive, failing)
+    cluster.use_manifest(manifest, "placed")
+    cluster.refresh()
+    failing.peer.close()
+    cluster.refresh()
+
+    def seen() -> list[PeerState]:
+        return [peer.state for peer in cluster.peers()]
+
+    assert seen() == [PeerState.ALIVE, PeerState.SUSPECT]
+    set_clock(monkeypatch, "time", jump_s)
+    assert seen() == [PeerState.ALIVE, PeerState.SUSPECT]
+    assert list(cluster.holdings()) == ["p", "q"]
+    cluster.refresh()
+    assert seen() == [PeerState.ALIVE, PeerState.SUSPECT]
+    assert cluster.peers()[1].failures < FAILURES_MAX
+
+
+def test_silence_is_still_noticed_whatever_the_hosts_date_says(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.refresh()
+    set_clock(monkeypatch, "time", -3 * DAY_S)
+    set_clock(monkeypatch, "monotonic", SUSPECT_AFTER_S)
+    assert cluster.peers()[0].state is PeerState.SUSPECT
+
+
+def test_when_a_peer_was_seen_is_told_as_a_date(cluster_of: Callable[..., Cluster], peer: Script) -> None:
+    cluster = cluster_of(peer)
+    assert cluster.last_seen("p") is None
+    before = datetime.now(UTC)
+    cluster.refresh()
+    seen = cluster.last_seen("p")
+    assert seen is not None
+    assert before <= seen <= datetime.now(UTC)
+    peer.peer.close()
+    cluster.refresh()
+    assert cluster.last_seen("p") == seen
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, name: str, offset_s: float) -> None:
+    """From now on, `time.time` or `time.monotonic` says that much more."""
+    real = getattr(time, name)
+    monkeypatch.setattr(time, name, lambda: real() + offset_s)
+
+
 def test_alive_peers_come_before_suspect_ones(
     cluster_of: Callable[..., Cluster], odd_peer: Callable[[], Any], manifest: Manifest
 ) -> None:
@@ -222,7 +283,7 @@ def test_a_peer_that_talks_nonsense_is_one_that_does_not_answer(
     peer.peer.answers["GET /v1/node"] = 200, body
     cluster.refresh()
     (seen,) = cluster.peers()
-    assert (seen.state, seen.last_seen) == (PeerState.SUSPECT, None)
+    assert (seen.state, seen.heard_at) == (PeerState.SUSPECT, None)
     assert seen.error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from app.consumers import CONSUMERS_MAX, ConsumerStore
 from app.problems import Conflict, NotFound, TooManyRequests
@@ -253,6 +254,31 @@ def test_a_stopped_engine_does_not_hold_a_restore_up_for_long(
     process.resume()
     assert restore(node)["state"] == "succeeded"
     assert node.get("/v1/consumers/rank-0")["error"] is None
+
+
+def test_metrics_count_restores_of_the_node_and_of_its_consumers_and_none_that_another_node_does(
+    cluster: Callable[..., list[Any]], engine: Callable[..., Engine]
+) -> None:
+    nodes, rank = cluster(2, 2), engine([4, 5])
+    put(nodes[0], rank.document)
+
+    def counted(node: Any) -> tuple[float, float, str]:
+        families = {f.name: f for f in text_string_to_metric_families(node.ask("GET", "/metrics").text)}
+        restores, moved = families["hotspare_restores"], families["hotspare_restored_bytes"]
+        return (
+            sum(sample.value for sample in restores.samples),
+            sum(sample.value for sample in moved.samples),
+            restores.documentation,
+        )
+
+    (count, moved, said), (theirs, _, _) = map(counted, nodes)
+    done = restore(nodes[0])
+    assert done["state"] == "succeeded"
+    assert counted(nodes[0])[:2] == (count + 1, moved + done["bytes_done"])
+    nodes[0].wait_restore(nodes[0].restore("n1"))
+    assert (counted(nodes[0])[0], counted(nodes[1])[0]) == (count + 1, theirs + 1)
+    assert "its segment and into its consumers' memory" in said
+    assert "asked other nodes to do are counted there" in said
 
 
 # -- registering -----------------------------------------------------------------------------------------------

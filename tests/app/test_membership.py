@@ -76,19 +76,19 @@ def state(members: Membership, now: float) -> PeerState:
 def test_unheard_is_suspect(unheard: Membership) -> None:
     peer = unheard.peer("b", START)
     assert peer.state is PeerState.SUSPECT
-    assert (peer.last_seen, peer.report, peer.conflict, peer.error, peer.sessions) == (None, None, None, None, 0)
+    assert (peer.heard_at, peer.report, peer.conflict, peer.error, peer.sessions) == (None, None, None, None, 0)
 
 
 def test_unheard_answered_is_alive(unheard: Membership) -> None:
     peer = unheard.answered("b", THEIRS, START)
     assert peer.state is PeerState.ALIVE
-    assert (peer.last_seen, peer.report, peer.session_id, peer.sessions) == (START, THEIRS, "10.0.0.2:15002", 1)
+    assert (peer.heard_at, peer.report, peer.session_id, peer.sessions) == (START, THEIRS, "10.0.0.2:15002", 1)
 
 
 def test_unheard_failed_stays_suspect_and_says_why(unheard: Membership) -> None:
     peer = unheard.failed("b", "connection refused", START)
     assert peer.state is PeerState.SUSPECT
-    assert (peer.failures, peer.error, peer.last_seen) == (1, "connection refused", None)
+    assert (peer.failures, peer.error, peer.heard_at) == (1, "connection refused", None)
 
 
 def test_unheard_failed_often_is_unreachable(unheard: Membership) -> None:
@@ -108,14 +108,14 @@ def test_alive_answered_stays_alive_with_the_newer_report(alive: Membership) -> 
     alive.answered("b", heard_of(revision="1-8"), START + 1)
     peer = alive.peer("b")
     assert peer.state is PeerState.ALIVE
-    assert peer.last_seen == START + 1
+    assert peer.heard_at == START + 1
     assert peer.report == heard_of(revision="1-8")
 
 
 def test_alive_failed_is_suspect_and_keeps_what_it_said(alive: Membership) -> None:
     peer = alive.failed("b", "timeout", START + 1)
     assert peer.state is PeerState.SUSPECT
-    assert peer.last_seen == START
+    assert peer.heard_at == START
     assert peer.report == THEIRS
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from app.restores import ALL_KINDS
 from shm import ExpertKey, attach
 from shm.layout import SHM_DIRECTORY, SegmentName
+from shm.segment import Segment
 from transfer.checkpoint import read_checkpoint
 from transfer.synth import write_checkpoint
 
@@ -377,3 +379,40 @@ def test_dense_tensors_are_kept_on_request(
 ) -> None:
     serve("n0", ports, checkpoint=moe_checkpoint, include="all").wait_ready()
     assert held(namespace) == expected_blocks(moe_checkpoint, include="all")
+
+
+# -- closing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_sealed", [True, False], ids=["sealed", "unsealed"])
+def test_closing_lets_the_segment_go_although_the_engine_refuses_to_unregister_it(
+    live_node: Callable[..., Any],
+    moe_checkpoint: Path,
+    namespace: str,
+    is_sealed: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    live = live_node(checkpoint=moe_checkpoint)
+    node, name = live.context.node, live.context.node.name
+    if is_sealed:
+        assert live.context.restores.start_local(None, ALL_KINDS).finished.wait(30)
+    assert node.checks()["sealed"] is is_sealed
+    node.engine.unregister(node.segment.data_ranges())  # the second time, Mooncake refuses
+    assert traces_of(name)
+    live.context.stop()
+    assert "did not let go of the segment's memory" in caplog.text
+    assert "EngineRefused" in caplog.text
+    assert traces_of(name) == []
+    assert (name.object_name in os.listdir(SHM_DIRECTORY)) is is_sealed
+    again = Segment.claim(name)  # its lock is free
+    assert again.is_allocated is is_sealed
+    again.unlink()
+
+
+def traces_of(name: SegmentName) -> list[str]:
+    """What this process still has of the segment: descriptors and mappings."""
+    open_files = [
+        os.readlink(link) for fd in os.listdir("/proc/self/fd") if os.path.islink(link := f"/proc/self/fd/{fd}")
+    ]
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    return [each for each in (*open_files, *mapped) if name.object_name in each]

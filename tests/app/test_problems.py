@@ -1,8 +1,10 @@
 import inspect
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +15,9 @@ from starlette.exceptions import HTTPException
 import shm.errors
 import transfer.errors
 from app import problems
+from app.main import create_app
 from app.problems import MEDIA_TYPE, OTHER_PROBLEM_TYPES, PROBLEM_TYPES, ApiError, Problem, problem_responses
+from app.settings import Settings
 from shm.errors import HotspareError, InvalidInput, SegmentBusy, SharedMemoryFull
 
 PAGE = Path(__file__).parents[2] / "docs" / "problems.md"
@@ -125,6 +129,29 @@ async def test_each_refused_value_is_listed() -> None:
     assert all(e["field"] in response.json()["detail"] and e["message"] for e in errors)
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"target": {}}, "give node_id or consumer_id, one of them"),
+        (
+            {"target": {"node_id": "n"}, "read_back": True},
+            "read_back is for consumers: a node verifies its own memory anyway",
+        ),
+    ],
+)
+def test_what_a_validator_of_ours_says_is_said_without_a_word_of_pydantics(
+    live_node: Callable[..., Any], body: dict[str, Any], said: str
+) -> None:
+    problem = live_node().ask("POST", "/v1/restores", json=body).json()
+    assert [each["message"] for each in problem["errors"]] == [said]
+    assert problem["detail"] == f"{problem['errors'][0]['field'] or 'body'}: {said}"
+
+
+async def test_what_pydantic_says_itself_stays() -> None:
+    response = await ask(raising(RuntimeError()), "POST", content=b"{", headers={"content-type": "application/json"})
+    assert [each["message"] for each in response.json()["errors"]] == ["JSON decode error"]
+
+
 async def test_a_refused_query_parameter_is_listed() -> None:
     response = await ask(raising(RuntimeError()), path="/?limit=34")
     assert [(e["location"], e["field"]) for e in response.json()["errors"]] == [("query", "limit")]
@@ -149,7 +176,34 @@ async def test_an_unknown_path_and_method_are_problems() -> None:
     assert missing.json()["instance"] == "/nope"
     wrong = await ask(app, "DELETE")
     assert (wrong.status_code, wrong.json()["type"]) == (405, "urn:hotspare:problem:method-not-allowed")
-    assert wrong.headers["allow"] in wrong.json()["detail"]
+    assert wrong.headers["allow"] == "GET, POST"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("PATCH", "/v1/consumers/rank-0", "DELETE, GET, PUT"),  # a route for each
+        ("DELETE", "/v1/restores", "GET, POST"),
+        ("GET", "/v1/consumers/rank-0/renew", "POST"),
+        ("POST", "/livez", "GET"),
+        ("DELETE", "/docs/assets/v1/restores", "GET, HEAD"),  # a file that is not there, not our /v1/restores
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "/behind"])
+async def test_a_wrong_method_is_told_every_method_of_the_path(method: str, path: str, allow: str, prefix: str) -> None:
+    app = create_app(Settings(model="moe"))
+    transport = httpx.ASGITransport(app, root_path=prefix)
+    async with httpx.AsyncClient(transport=transport, base_url="http://node") as client:
+        response = await client.request(method, prefix + path)
+    assert (response.status_code, response.headers["allow"]) == (405, allow)
+    assert response.headers["content-type"] == MEDIA_TYPE
+    assert response.json() == {
+        "type": "urn:hotspare:problem:method-not-allowed",
+        "title": "The path has no such method",
+        "status": 405,
+        "detail": f"{prefix}{path} does not take {method}: it takes {allow}",
+        "instance": f"{prefix}{path}",
+    }
 
 
 async def test_another_http_exception_is_about_blank() -> None:

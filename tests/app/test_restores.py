@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,21 @@ def test_a_node_without_a_manifest_says_why_it_cannot(live_node: Callable[..., A
     assert "--checkpoint" in done.error
 
 
+def test_a_restore_that_is_over_keeps_no_memory_of_a_segment_that_is_given_up(store: RestoreStore, live: Any) -> None:
+    node = live.context.node
+    done = ended(store, store.submit(REQUEST).id)
+    assert mapped(node) == [node.name.object_name]
+    node.renew()
+    assert mapped(node) == [], "the new one is empty, and the old one would be held twice over"
+    assert store.get(done.id).document() == done
+
+
+def mapped(node: Node) -> list[str]:
+    """Shared-memory objects of the node's name that this process has mapped, given up or not."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.partition("/dev/shm/")[2] for line in lines if node.name.object_name in line]
+
+
 # -- keys and memory -------------------------------------------------------------------------------------------
 
 
@@ -283,6 +299,78 @@ def test_the_nodes_own_word_is_passed_on(asking: RestoreStore, peer: Any) -> Non
     asked = peer.asked.count("GET /v1/restores/r33")
     assert asking.get("r33").document() == done
     assert peer.asked.count("GET /v1/restores/r33") == asked, "what is over is not asked for again"
+
+
+class Slow:
+    """Has a peer keep its answer to the first POST back until it is let go. Each POST makes another restore."""
+
+    def __init__(self, peer: Any) -> None:
+        self.asked, self.go = threading.Event(), threading.Event()
+        self.made: list[str] = []
+        self.hold_s = 30.0
+        peer.answers["POST /v1/restores"] = self._start
+
+    def _start(self) -> tuple[int, bytes]:
+        self.made.append(made := f"r{len(self.made)}")
+        self.asked.set()
+        if made == "r0":
+            self.go.wait(self.hold_s)
+        return 202, document("succeeded", restore_id=made)
+
+
+@pytest.fixture
+def slow(peer: Any) -> Iterator[Slow]:
+    made = Slow(peer)
+    yield made
+    made.go.set()
+
+
+@pytest.fixture
+def post(live_node: Callable[..., Any], peer: Any) -> Callable[[str], Any]:
+    """`post(key)` → what the node answers that is asked for a restore on the slow one."""
+    live = live_node(peers={"p": peer.url})
+    body = {"target": {"node_id": "p"}}
+    return lambda key: live.ask("POST", "/v1/restores", json=body, headers={"Idempotency-Key": key})
+
+
+def test_a_request_waits_for_none_with_another_key(post: Callable[[str], Any], slow: Slow) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, "first")
+        assert slow.asked.wait(30)
+        second = post("second")
+        assert (second.status_code, second.json()["id"]) == (202, "r1")
+        assert not first.done(), "its node has not answered"
+        slow.go.set()
+        assert first.result().json()["id"] == "r0"
+
+
+def test_two_at_once_with_one_key_ask_a_slow_node_once(post: Callable[[str], Any], slow: Slow) -> None:
+    slow.hold_s = 0.5  # for a second one to come, which must not
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(post, ["once"] * 3))
+    assert [(answer.status_code, answer.json()["id"]) for answer in answers] == [(202, "r0")] * 3
+    assert slow.made == ["r0"]
+
+
+def test_a_request_waits_for_one_with_its_key_for_a_limited_time(
+    post: Callable[[str], Any], slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restores_module, "KEY_WAIT_S", 0.05)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, "once")
+        assert slow.asked.wait(30)
+        refused = post("once")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert "'once' is under way" in refused.json()["detail"]
+        slow.go.set()
+        assert first.result().json()["id"] == post("once").json()["id"] == "r0"
+
+
+def test_a_key_whose_request_was_refused_can_be_used_again(post: Callable[[str], Any], peer: Any) -> None:
+    peer.answers["POST /v1/restores"] = 503, b"{}"
+    assert post("once").status_code == 503
+    peer.answers["POST /v1/restores"] = 202, document("succeeded")
+    assert post("once").json()["id"] == "r33"
 
 
 @pytest.mark.parametrize(
