@@ -77,7 +77,7 @@ class Workspace:
 
 
 class DeviceChecksums:
-    """Of the slots in a table. Raises DeviceFailed where the device's compiler or memory is wanting."""
+    """Of the slots in a table, which `can_take`. Raises DeviceFailed where the compiler or device memory is wanting."""
 
     def __init__(self, table: SlotTable, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -92,14 +92,9 @@ class DeviceChecksums:
         self._rounds = (self._subjects["nbytes"].astype(np.int64) - 1) // ROUND_NBYTES + 1
         first = np.searchsorted(rows, table.rows).tolist()
         self._of = dict(zip(table.rows, map(slice, first, [*first[1:], len(rows)]), strict=True))
-        self._covered = {row for row in table.rows if table.is_direct(row)} & _even(table)
         total = int(self._rounds.sum())
         self._rounds_max = max(int(self._rounds.max()), min(SUMS_NBYTES // SUM_NBYTES, total))
         self._runs, self._alive = self._upload(copies)
-
-    def covers(self, row: int) -> bool:
-        """Whether this block can be hashed here: its slots hold all of it, in runs of whole words."""
-        return row in self._covered
 
     def open_workspace(self) -> Workspace:
         subjects, kept = self._cuda.allocate_on_device(SUBJECTS_MAX * SUBJECT.itemsize)
@@ -174,16 +169,16 @@ class DeviceChecksums:
         return address, kept
 
 
-def _even(table: SlotTable) -> set[int]:
-    """Rows whose blocks and runs are of whole words at whole words, and long enough."""
-    copies, number = table.copies_of(table.rows)
-    odd = np.zeros(len(copies), bool)
-    for name in ("address", "block_offset", "run_nbytes"):
-        odd |= copies[name] % WORD_NBYTES != 0
+def can_take(table: SlotTable) -> bool:
+    """Whether all blocks can be hashed where they lie: every slot holds all of one, in runs of whole words."""
+    copies, _ = table.copies_of(table.rows)
     nbytes = table.manifest.nbytes[table.rows]
-    is_odd = (nbytes % WORD_NBYTES != 0) | (nbytes < NBYTES_MIN)
-    is_odd[number[odd]] = True
-    return {row for row, odd_one in zip(table.rows, is_odd.tolist(), strict=True) if not odd_one}
+    return bool(
+        all(map(table.is_direct, table.rows))
+        and not any((copies[name] % WORD_NBYTES).any() for name in ("address", "block_offset", "run_nbytes"))
+        and not (nbytes % WORD_NBYTES).any()
+        and (nbytes >= NBYTES_MIN).all()
+    )
 
 
 def _array(address: int, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:

@@ -27,7 +27,7 @@ from transfer.staging import Staging
 
 Int64s = npt.NDArray[np.int64]
 
-LANES = 4  # with one on the bus, the others are queued behind it or being verified
+LANES = 3  # with one on the bus, the others are queued behind it or being verified
 LANES_HASHING = 16  # where the processor takes the checksums
 LANE_WAIT_S_MAX = 60.0
 PITCH_MAX = (1 << 31) - 1  # CU_DEVICE_ATTRIBUTE_MAX_PITCH
@@ -74,16 +74,18 @@ class DeviceSlots:
             if not first.all():
                 for row, _ in blocks:
                     self._spread(row, lane.stream)
+            if self._checksums is not None:
+                assert lane.workspace is not None
+                return self._checksums.take([row for row, _ in blocks], lane.workspace, lane.stream)
             nbytes = self._table.manifest.nbytes
-            there = [row for row, _ in blocks if self._is_covered(row)]
-            here = {row: checksum(view(address, int(nbytes[row]))) for row, address in blocks if row not in set(there)}
-            return here | self._take(there, lane)
+            return {row: checksum(view(address, int(nbytes[row]))) for row, address in blocks}
 
     def check(self, row: int) -> bytes:
         """On the device, or else back over the bus, through staging."""
-        if self._is_covered(row):
+        if self._checksums is not None:
             with self._lane() as lane:
-                return self._take([row], lane)[row]
+                assert lane.workspace is not None
+                return self._checksums.take([row], lane.workspace, lane.stream)[row]
         nbytes = int(self._table.manifest.nbytes[row])
         copies, seen = self._table.copies(row), set()
         with self._staging.take() as buffer:
@@ -109,15 +111,6 @@ class DeviceSlots:
             self._copy("within", sibling, sibling["address"], first["address"], stream)
 
     # -- the device ------------------------------------------------------------------------------------------
-
-    def _is_covered(self, row: int) -> bool:
-        return self._checksums is not None and self._checksums.covers(row)
-
-    def _take(self, rows: Sequence[int], lane: Lane) -> dict[int, bytes]:
-        """The checksums of what lies on the device once all that is queued is done."""
-        if self._checksums is None or lane.workspace is None:
-            return {}
-        return self._checksums.take(rows, lane.workspace, lane.stream)
 
     @contextmanager
     def _lane(self) -> Iterator[Lane]:

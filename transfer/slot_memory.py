@@ -43,10 +43,10 @@ def check_not_moved(slots: Slots) -> None:
 def _checksums_on(table: SlotTable, cuda: Cuda) -> DeviceChecksums | None:
     """None where the device cannot take them: the processor does then."""
     from transfer.cuda import DeviceFailed
-    from transfer.device_checksum import DeviceChecksums
+    from transfer.device_checksum import DeviceChecksums, can_take
 
     try:
-        return DeviceChecksums(table, cuda)
+        return DeviceChecksums(table, cuda) if can_take(table) else None
     except DeviceFailed as error:
         _log.warning("the processor takes the checksums of GPU slots, which is slower: %s", error)
         return None
