@@ -29,7 +29,7 @@ from workbench import Bench, Daemon, bench
 from shm.attachment import Attachment
 from shm.errors import SegmentError
 from shm.manifest import ExpertKey
-from transfer import Restorer, device_slots, slot_memory, slot_sources
+from transfer import Restorer, device_slots, slot_memory, slot_sources, staging
 from transfer.engine import Copy, MooncakeEngine, within_pieces
 from transfer.slots import Slots
 
@@ -317,7 +317,7 @@ def local_figures(figures: Figures, url: str, held: Experts, right: Experts, lay
 
 def local_variants(figures: Figures, url: str, held: Experts, layers: int, shape: str) -> None:
     slots = Slots.fused(held)
-    for lanes, size in ((2, 256), (3, 256), (6, 256), (4, 128), (8, 128), (4, 512)):
+    for lanes, size in ((2, 256), (4, 256), (3, 128), (6, 128), (3, 512)):
         with (
             constant(device_slots, "LANES", lanes),
             constant(slot_sources, "LOCAL_BATCH_NBYTES_MAX", size << 20),
@@ -386,16 +386,17 @@ def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> 
         started = time.perf_counter()
         assert restorer.restore().ok
         figures.add("  variant: straight into GPU memory, read back", [time.perf_counter() - started])
-    for lanes, item in ((2, 8), (4, 8), (8, 8), (6, 16)):
+    for lanes, item, size in ((4, 8, 96), (6, 16, 96), (6, 8, 48), (8, 8, 48), (6, 4, 48)):
         with (
-            constant(device_slots, "LANES", lanes),
             constant(slot_sources, "PEER_LANES_MAX", lanes),
             constant(slot_sources, "ITEM_NBYTES_MAX", item << 20),
+            constant(staging, "BUFFER_NBYTES", size << 20),
+            constant(slot_sources, "STRAIGHT_BATCH_NBYTES", size << 20),
             Restorer(url, model=ELSEWHERE) as restorer,
         ):
             restorer.bind(slots)
             taken = restored(restorer, held, "peer")
-            figures.add(f"  variant: {lanes} lanes, items of {item} MiB", taken)
+            figures.add(f"  variant: {lanes} lanes, items of {item} MiB, buffers of {size} MiB", taken)
     with constant(slot_memory, "_checksums_on", lambda *_: None), Restorer(url, model=ELSEWHERE) as restorer:
         restorer.bind(slots)
         figures.add("  variant: checksums by the processor", restored(restorer, held, "peer"))
