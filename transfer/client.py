@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from shm.attachment import Attachment
 from shm.errors import BlockUnavailable, HotspareError, InvalidInput
 from shm.manifest import ExpertKey, Manifest
 from transfer.engine_lease import EngineLease
-from transfer.ladder import Ladder, Mapped, Replica
+from transfer.ladder import Ladder
 from transfer.last_resort import LastResort
 from transfer.local_segment import LocalSegment
 from transfer.slot_memory import CPU, BoundSlots, check_not_moved, device_of
 from transfer.slot_report import FailedExpert, Progress, SlotReport, Tally
 from transfer.slots import Slots
+from transfer.whereabouts import URLS_ASKED_MAX, Mapped, Replica, Search
 
 CONNECT_TIMEOUT_S = 1.0
 ASK_TIMEOUT_S = 2.0
@@ -35,7 +36,6 @@ DOCUMENT_NBYTES_MAX = 1 << 30
 URLS_MAX = 1024  # nodes remembered
 PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
 ASK_THREADS_MAX = 16
-URLS_ASKED_MAX = 8  # for where blocks are, in one pass
 
 _log = logging.getLogger("hotspare.restorer")
 
@@ -70,15 +70,18 @@ class ControlPlane:
         """A node's own account of itself. Raises NodeUnreachable."""
         return self._get(f"{url}/v1/node")
 
-    def learn(self, url: str) -> None:
-        """Remember the nodes that this one knows. Raises NodeUnreachable."""
+    def learn(self, url: str) -> str:
+        """Remember the nodes that this one knows; returns its own id. Raises NodeUnreachable."""
+        own = ""
         for node in self._get(f"{url}/v1/nodes").get("nodes", ()):
-            peer = str(node.get("url", "")).rstrip("/")
-            if not peer or node.get("self") or len(self.urls) >= URLS_MAX:
-                continue
-            self._by_node[str(node.get("node_id"))] = peer
-            if peer not in self.urls:
-                self.urls.append(peer)
+            node_id, peer = str(node.get("node_id")), str(node.get("url", "")).rstrip("/")
+            if node.get("self"):
+                own = node_id
+            elif peer and len(self.urls) < URLS_MAX:
+                self._by_node[node_id] = peer
+                if peer not in self.urls:
+                    self.urls.append(peer)
+        return own
 
     def silent(self, node_ids: Iterable[str]) -> set[str]:
         """Those of the nodes that are known not to answer now: asking takes ASK_TIMEOUT_S at most, all at once.
@@ -308,7 +311,10 @@ class Restorer:
         for attempt in range(PEER_PASSES_MAX):
             if not ladder.missing:
                 break
-            found = self._locate(bound.manifest, ladder.missing, held, tally)
+            search = Search(
+                self._control, bound.manifest, own=self._node, bad=held, tried=ladder.tried, note=tally.note
+            )
+            found = search.run(ladder.missing)
             self._open_engine(tally)
             checkpoint = tally.attempt(self._disk.of, bound.manifest) if attempt == 0 else None
             is_straight = self._is_straight and self._lease.has_registered
@@ -374,28 +380,3 @@ class Restorer:
                 return manifest
         checkpoint = tally.attempt(self._disk.named, self._model)
         return None if checkpoint is None else checkpoint.manifest
-
-    def _locate(
-        self, manifest: Manifest, rows: Collection[int], bad: Collection[int], tally: Tally
-    ) -> dict[int, Mapped]:
-        """Who has these rows: nodes are asked until every row is found. Our own node has no say in `bad` ones, which
-        were wrong in the memory that it serves from."""
-        found: dict[int, Mapped] = {}
-        unheard: set[str] = set()
-        for number in range(URLS_ASKED_MAX):
-            if number == len(self._control.urls) or all(row in found for row in rows):
-                break
-            url = self._control.urls[number]
-            try:
-                self._control.node(url)  # a node that hangs is found out soon
-                self._control.learn(url)
-                for row, mapped in self._control.shard_map(url, manifest).items():
-                    found.setdefault(row, mapped)
-            except HotspareError as error:
-                tally.note(str(error))
-                if number == 0 and self._node is not None:
-                    unheard.add(self._node)
-        named = {replica.node_id for row in rows if row in found for replica in found[row].replicas}
-        unheard |= self._control.silent(named - unheard)
-        own = {self._node} if self._node is not None else set()
-        return {row: found[row].without(unheard | own if row in bad else unheard) for row in rows if row in found}

@@ -5,8 +5,7 @@ Each rung is a `transfer.restore.Restore` over what the rungs before it could no
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 from shm.attachment import Attachment, HeldBlock
 from transfer.checkpoint import Checkpoint
@@ -17,27 +16,9 @@ from transfer.slot_memory import CPU, BoundSlots
 from transfer.slot_report import Tally
 from transfer.slot_sources import DiskSlots, LocalSlots, PeerSlots, SlotDestination, SlotSource, want_of
 from transfer.sources import DiskSource
+from transfer.whereabouts import Mapped
 
 LOCAL, DISK = "local", "disk"
-
-
-class Replica(NamedTuple):
-    """Where a block is: `address` in the memory of that session's process."""
-
-    node_id: str
-    session_id: str
-    address: int
-
-
-class Mapped(NamedTuple):
-    """A block that nodes have, and its xxh3-128."""
-
-    checksum: bytes
-    replicas: tuple[Replica, ...]
-
-    def without(self, node_ids: Collection[str]) -> Mapped:
-        """The same, with these nodes left out."""
-        return self._replace(replicas=tuple(r for r in self.replicas if r.node_id not in node_ids))
 
 
 class Ladder:
@@ -47,7 +28,8 @@ class Ladder:
         self._bound = bound
         self._tally = tally
         self._expected: dict[int, bytes] = {}
-        self._tried: set[tuple[int, str]] = set()
+        self.tried: set[tuple[int, str]] = set()
+        """(row, session) of the peers that were read from."""
         self.missing: dict[int, list[str]] = {row: [] for row in rows}
         self.has_timed_out = False
         """Whether bytes may still arrive in a slot."""
@@ -81,8 +63,8 @@ class Ladder:
             for replica in mapped.replicas:
                 if self._expected.setdefault(row, mapped.checksum) != mapped.checksum:
                     self.missing[row].append(f"{replica.node_id} has other content")
-                elif (row, replica.session_id) not in self._tried:
-                    self._tried.add((row, replica.session_id))
+                elif (row, replica.session_id) not in self.tried:
+                    self.tried.add((row, replica.session_id))
                     name = f"{replica.node_id} ({replica.session_id})"
                     addresses.setdefault((name, replica.session_id), {})[row] = replica.address
                     offers.setdefault(row, []).append(Offer(name, replica.address))
