@@ -37,10 +37,16 @@ DEVICE = "cuda:0"
 HOST = "127.0.0.1"
 FILES = 16
 REPEATS = 5
+ROUNDS = 7
 LOADER_THREADS = (1, 8, 16)
 READER_THREADS = (1, 2, 3, 4)
 ITEM_NBYTES = 8 << 20
 CALL_NBYTES = 128 << 20
+LOCAL = "restore, local shared memory, verified"
+REMOTE = "restore, a peer over TCP, verified"
+BARE_COPY = "bare page-locked copy of the segment"
+BARE_READ = "bare tuned read"
+POLLED_READ = "bare tuned read, asked now and then"
 ELSEWHERE = "elsewhere"  # a model name that finds no segment on this host, so that peers serve
 DEFAULT_NBYTES = 2 << 30  # moved with the engine's default settings
 # name → (H, I, has scales, experts a layer)
@@ -60,6 +66,19 @@ def best(run: Callable[[], object], repeats: int = REPEATS) -> list[float]:
         torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
     return sorted(taken[1:])
+
+
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each run, round by round; a round before them is not counted. A busy moment hits all alike so."""
+    taken: dict[str, list[float]] = {what: [] for what in runs}
+    for _ in range(rounds + 1):
+        for what, run in runs.items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            taken[what].append(time.perf_counter() - started)
+    return {what: seconds[1:] for what, seconds in taken.items()}
 
 
 # -- checkpoint and slots --------------------------------------------------------------------------------------
@@ -147,12 +166,12 @@ def load_with_safetensors(files: Sequence[Path], threads: int) -> list[Experts]:
         return list(pool.map(lambda file: load_file(file, device=DEVICE), files))
 
 
-def bare_copy(attachment: Attachment, nbytes: int) -> list[float]:
+def bare_copy(attachment: Attachment, nbytes: int) -> Callable[[], object]:
     """The same bytes from the same page-locked pages, in one copy."""
     to = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
     source = (ctypes.c_ubyte * nbytes).from_address(attachment.address(int(attachment.rows()[0])))
     host = torch.frombuffer(source, dtype=torch.uint8)
-    return best(lambda: to.copy_(host, non_blocking=True))
+    return lambda: to.copy_(host, non_blocking=True)
 
 
 def torch_pinned_copy(nbytes: int) -> list[float]:
@@ -178,15 +197,15 @@ def in_items(copies: Sequence[Copy]) -> list[list[Copy]]:
 
 
 def bare_read(
-    read: Callable[[str, Sequence[Copy]], None], session_id: str, copies: Sequence[Copy], threads: int, repeats: int
-) -> list[float]:
+    read: Callable[[str, Sequence[Copy]], None], session_id: str, copies: Sequence[Copy], threads: int
+) -> Callable[[], object]:
     calls = in_items(copies)
 
     def run() -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda call: read(session_id, call), calls))
 
-    return best(run, repeats)
+    return run
 
 
 def waiting_read(engine: MooncakeEngine) -> Callable[[str, Sequence[Copy]], None]:
@@ -258,6 +277,7 @@ class Figures:
     def __init__(self, shape: str, nbytes: int) -> None:
         self.nbytes = nbytes
         self.rates: dict[str, float] = {}
+        self.rounds: dict[str, list[float]] = {}
         print(f"\n== {shape}: {nbytes / 1e9:.2f} GB", flush=True)
 
     def add(self, what: str, seconds: Sequence[float], nbytes: int | None = None) -> float:
@@ -267,11 +287,29 @@ class Figures:
         print(f"{what:<56} {rate:8.2f} GB/s  ({middle * 1e3:.0f} ms, {spread})", flush=True)
         return rate
 
+    def add_all(self, taken: dict[str, list[float]]) -> None:
+        """Of runs that took turns."""
+        for what, seconds in taken.items():
+            self.rounds[what] = seconds
+            self.add(what, sorted(seconds))
+
     def ratio(self, what: str, over: str, under: str, target: float | None = None) -> None:
-        value = self.rates[over] / self.rates[under]
+        """Of two rates; where they took turns, the median of the rounds' ratios."""
+        value, spread = self.rates[over] / self.rates[under], ""
+        if over in self.rounds and under in self.rounds:
+            pairs = zip(self.rounds[under], self.rounds[over], strict=True)
+            ratios = sorted(below / above for below, above in pairs)
+            value, spread = ratios[len(ratios) // 2], f"  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         self.rates[what] = value
         verdict = "" if target is None else f"  target {target}: {'met' if value >= target else 'MISSED'}"
-        print(f"{what:<56} {value:8.2f}{verdict}", flush=True)
+        print(f"{what:<56} {value:8.3f}{spread}{verdict}", flush=True)
+
+    def best_of(self, prefix: str) -> str:
+        """The fastest of `prefix`, N threads."""
+        return max(
+            (what for what in self.rates if what.startswith(f"{prefix}, ") and what[len(prefix) + 2].isdigit()),
+            key=self.rates.__getitem__,
+        )
 
 
 def restored(restorer: Restorer, held: Experts, source: str) -> list[float]:
@@ -305,14 +343,13 @@ def local_figures(figures: Figures, url: str, held: Experts, right: Experts, lay
         attachment = restorer._segment.attachment
         assert attachment is not None
         assert attachment.pinned
-        figures.add("bare page-locked copy of the segment", bare_copy(attachment, figures.nbytes))
-        figures.add("restore, local shared memory, verified", restored(restorer, held, "local"))
+        restored(restorer, held, "local")
+        figures.add_all(in_turn({BARE_COPY: bare_copy(attachment, figures.nbytes), LOCAL: restorer.restore}))
         poison(held)
         restorer.restore()
         wrong = differing(held, right, layers, shape)
         print(f"{'tensors that differ from the files':<56} {wrong:8d}", flush=True)
         assert not wrong
-        figures.add("bare page-locked copy of the segment, again", bare_copy(attachment, figures.nbytes))
 
 
 def local_variants(figures: Figures, url: str, held: Experts, layers: int, shape: str) -> None:
@@ -348,7 +385,7 @@ def remote_figures(
     slots = Slots.fused(held)
     with Restorer(url, model=ELSEWHERE) as restorer:
         restorer.bind(slots)
-        figures.add("restore, a peer over TCP, verified", restored(restorer, held, "peer"))
+        restored(restorer, held, "peer")
         wrong = differing(held, right, layers, shape)
         print(f"{'tensors that differ from the files':<56} {wrong:8d}", flush=True)
         assert not wrong
@@ -365,16 +402,12 @@ def remote_figures(
         for row, replica in replicas.items():
             copies.append(Copy(at, replica.address, int(bound.manifest.nbytes[row])))
             at += copies[-1].nbytes
+        runs: dict[str, Callable[[], object]] = {REMOTE: restorer.restore}
         for threads in READER_THREADS:
-            for verb, read in {"Mooncake's own wait": waiting_read(engine), "asked now and then": engine.read}.items():
-                taken = bare_read(read, session_id, copies, threads, 3)
-                figures.add(f"bare tuned read, {verb}, {threads} threads", taken)
+            for verb, read in {BARE_READ: waiting_read(engine), POLLED_READ: engine.read}.items():
+                runs[f"{verb}, {threads} threads"] = bare_read(read, session_id, copies, threads)
+        figures.add_all(in_turn(runs, REPEATS))
         engine.unregister(ranges)
-        again = best(restorer.restore)
-        figures.add("restore, a peer over TCP, verified, again", again)
-    figures.rates["bare tuned read, the best"] = max(
-        rate for what, rate in figures.rates.items() if what.startswith("bare tuned read, ")
-    )
     if more:
         remote_variants(figures, url, held, slots)
 
@@ -444,24 +477,15 @@ def measure(made: Bench, shape: str, nbytes: int, default: float, *, more: bool)
 def conclude(figures: Figures, default: float) -> dict[str, float]:
     rates = figures.rates
     rates["bare read, default settings"] = default / 1e9
-    rates["safetensors, best"] = max(rates[f"safetensors load_file, warm, {t} threads"] for t in LOADER_THREADS)
-    figures.ratio(
-        "restore / bare page-locked copy",
-        "restore, local shared memory, verified",
-        "bare page-locked copy of the segment",
-        0.9,
-    )
-    figures.ratio("restore / best safetensors", "restore, local shared memory, verified", "safetensors, best", 1.3)
-    figures.ratio(
-        "restore / safetensors, 1 thread",
-        "restore, local shared memory, verified",
-        "safetensors load_file, warm, 1 threads",
-        7,
-    )
-    figures.ratio(
-        "remote restore / bare tuned read", "restore, a peer over TCP, verified", "bare tuned read, the best", 0.9
-    )
-    figures.ratio("bare tuned read / default settings", "bare tuned read, the best", "bare read, default settings", 4)
+    loaded, one = (f"safetensors load_file, warm, {n} threads" for n in ("best", 1))
+    rates[loaded] = max(rates[f"safetensors load_file, warm, {n} threads"] for n in LOADER_THREADS)
+    bare, polled = figures.best_of(BARE_READ), figures.best_of(POLLED_READ)
+    figures.ratio("local restore / bare page-locked copy", LOCAL, BARE_COPY, 0.9)
+    figures.ratio("local restore / best safetensors", LOCAL, loaded, 1.3)
+    figures.ratio("local restore / safetensors, 1 thread", LOCAL, one, 7)
+    figures.ratio("remote restore / best bare tuned read", REMOTE, bare, 0.9)
+    figures.ratio("remote restore / best bare read through our engine", REMOTE, polled)
+    figures.ratio("best bare tuned read / default settings", bare, "bare read, default settings", 4)
     return rates
 
 

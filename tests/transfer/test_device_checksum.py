@@ -72,7 +72,7 @@ class Rank:
 
 
 # Blocks of 250 to 2 million bytes: shorter than a round, of whole rounds, a stripe over, with gaps between tensors.
-SIZES = [(8, 11), (8, 16), (16, 32), (32, 32), (11, 16), (36, 20), (64, 44), (100, 128), (333, 444), (512, 768)]
+SIZES = [(8, 11), (8, 16), (16, 32), (32, 32), (11, 16), (36, 20), (64, 44), (100, 128), (333, 448), (512, 768)]
 
 
 @needs_cuda
