@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,8 @@ def test_peers_with_other_weights_never_win_over_the_checkpoint(
     sealed_with: list[Blocks] = []
     second.wait_live()
     while True:  # nobody may attach to the wrong ones meanwhile
-        try:
+        with suppress(HotspareError):
             sealed_with.append(held(namespace, "n1"))
-        except HotspareError:
-            pass
         if second.ask("GET", "/readyz").status_code == 200:
             break
     assert all(found == expected for found in sealed_with)
