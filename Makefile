@@ -20,6 +20,7 @@ help:
 
 setup: $(STAMP)
 
+# The last two: an environment may forbid Python to write bytecode, and every start of a node would compile all anew.
 $(STAMP): pyproject.toml constraints.txt .ci/system-libraries
 	@PYTHON="$(PYTHON)" bash .ci/system-libraries
 	@test -x $(BIN)/pip || { echo "building $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
@@ -27,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/system-libraries
 	@$(PIP_INSTALL) hatchling editables
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[cpu,dev]'
 	@$(BIN)/python -m compileall -q app shm transfer
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import app.cli, app.main, uvicorn, safetensors.torch"
 	@touch $@
 
 demo: setup

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import numpy as np
 import psutil
 import pytest
 
-from shm import inventory, posix
+from shm import attach, inventory, posix
 from shm.checksum import checksum
 from shm.layout import SHM_DIRECTORY, BlockState, SegmentName
 from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
@@ -36,6 +40,20 @@ PR_SET_PDEATHSIG = 1
 
 _numbers = itertools.count()
 _libc = ctypes.CDLL(None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let child processes write bytecode for each other where none is installed and none may be written.
+
+    Otherwise each of some 400 children compiles FastAPI, torch and our packages again: half of a node's start.
+    """
+    is_installed = os.path.exists(importlib.util.cache_from_source(httpx.__file__))
+    if sys.dont_write_bytecode and not sys.pycache_prefix and not is_installed:
+        directory = tempfile.mkdtemp(prefix="hotspare-bytecode-")
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+        sys.dont_write_bytecode, sys.pycache_prefix = False, directory
+        os.environ["PYTHONPYCACHEPREFIX"] = directory
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _die_with_parent() -> None:
@@ -78,17 +96,31 @@ def nothing_is_left() -> Iterator[None]:
     _wait_until(lambda: not ours(), f"end of {ours()}", 5)
 
 
-@pytest.fixture
-def namespace() -> Iterator[str]:
-    """A namespace of the test's own; its segments are removed when it ends."""
+@contextmanager
+def _own_namespace() -> Iterator[str]:
     name = f"{OURS}{next(_numbers)}"
-    yield name
-    for object_name in _objects(name):
-        posix.unlink(object_name)
+    try:
+        yield name
+    finally:
+        for object_name in _objects(name):
+            posix.unlink(object_name)
     assert _objects(name) == []
 
 
+@pytest.fixture(scope="session")
+def own_namespace() -> Callable[[], AbstractContextManager[str]]:
+    """`own_namespace()` → a namespace for what outlives one test; its segments are removed when the context ends."""
+    return _own_namespace
+
+
 @pytest.fixture
+def namespace() -> Iterator[str]:
+    """A namespace of the test's own; its segments are removed when it ends."""
+    with _own_namespace() as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """`free_port()` → a TCP port of 127.0.0.1 that nobody listens on, another one each time."""
     given: set[int] = set()
@@ -172,11 +204,43 @@ def sealed(namespace: str) -> Iterator[Callable[..., Segment]]:
 
 
 @pytest.fixture(scope="session")
+def held() -> Callable[..., dict[ExpertKey, bytes]]:
+    """`held(namespace, node, model)` → the bytes of every block that a node's segment has published."""
+
+    def read(namespace: str, node: str = "n0", model: str = "moe") -> dict[ExpertKey, bytes]:
+        with attach(model, namespace=namespace, node=node) as weights:
+            return {weights.manifest.keys[row]: bytes(weights.block(row)) for row in weights.rows().tolist()}
+
+    return read
+
+
+def _segment_path(namespace: str, node: str = "n0", model: str = "moe") -> Path:
+    return Path(SHM_DIRECTORY, SegmentName(namespace, model, node).object_name)
+
+
+@pytest.fixture(scope="session")
+def segment_path() -> Callable[..., Path]:
+    """`segment_path(namespace, node, model)` → where a node's segment is in /dev/shm."""
+    return _segment_path
+
+
+def _write_moe(directory: Path, *, experts: int = 13, seed: int = 3) -> Path:
+    write_checkpoint(
+        directory, "deepseek-v3", layers=6, experts=experts, scale=0.06, seed=seed, file_nbytes=3333333
+    )  # fmt: skip
+    return directory
+
+
+@pytest.fixture(scope="session")
+def write_moe() -> Callable[..., Path]:
+    """`write_moe(directory, experts=…, seed=…)`: a checkpoint like `moe_checkpoint`; another seed, only other bytes."""
+    return _write_moe
+
+
+@pytest.fixture(scope="session")
 def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """3 dense layers, then 3 of 13 experts each, block fp8, in several files: 39 blocks of about 0.2 MB. Read only."""
-    directory = tmp_path_factory.mktemp("checkpoint") / "moe"
-    write_checkpoint(directory, "deepseek-v3", layers=6, experts=13, scale=0.06, seed=3, file_nbytes=3333333)
-    return directory
+    return _write_moe(tmp_path_factory.mktemp("checkpoint") / "moe")
 
 
 @pytest.fixture(scope="session")
@@ -353,6 +417,14 @@ class Daemon:
         document: dict[str, Any] = _wait_until(ended, f"end of restore {restore_id}:\n{self.said()}")
         return document
 
+    def bytes_by_source(self) -> dict[str, int]:
+        """What all its restores together brought."""
+        total = {"local": 0, "peer": 0, "disk": 0}
+        for restore in self.get("/v1/restores")["restores"]:
+            for source, nbytes in restore["bytes_by_source"].items():
+                total[source] += nbytes
+        return total
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
@@ -374,12 +446,8 @@ class Daemon:
         return self.process.wait(DEADLINE_S)
 
 
-@pytest.fixture
-def serve(namespace: str, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    """`serve(node_id, ports, checkpoint=…, fill=…, env=…, **options)` → a `Daemon`, killed at the end of the test.
-
-    `ports` are those of every node of its cluster, by node id.
-    """
+@contextmanager
+def _serving(namespace: str, directory: Path) -> Iterator[Callable[..., Daemon]]:
     daemons: list[Daemon] = []
 
     def start(
@@ -399,13 +467,31 @@ def serve(namespace: str, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
             arguments += ["--checkpoint", str(checkpoint)]
         for name, value in options.items():
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-        daemon = Daemon(node_id, ports[node_id], arguments, env or {}, tmp_path / f"{node_id}.log")
+        daemon = Daemon(node_id, ports[node_id], arguments, env or {}, directory / f"{node_id}.log")
         daemons.append(daemon)
         return daemon
 
-    yield start
-    for daemon in daemons:
-        daemon.close()
+    try:
+        yield start
+    finally:
+        for daemon in daemons:
+            daemon.close()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractContextManager[Callable[..., Daemon]]]:
+    """`serving(namespace, directory)` → a `serve` for nodes that outlive one test; they are killed when it ends."""
+    return _serving
+
+
+@pytest.fixture
+def serve(namespace: str, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """`serve(node_id, ports, checkpoint=…, fill=…, env=…, **options)` → a `Daemon`, killed at the end of the test.
+
+    `ports` are those of every node of its cluster, by node id.
+    """
+    with _serving(namespace, tmp_path) as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import uvicorn
 from app.context import Context
 from app.main import create_app
 from app.settings import Settings
+from transfer.engine import MooncakeEngine
 
 DEADLINE_S = 30.0
 
@@ -52,9 +54,15 @@ def _served(app: Any) -> Iterator[str]:
             thread.join()
 
 
-@pytest.fixture
-def live_node(namespace: str, wait_until: Callable[..., Any]) -> Iterator[Callable[..., Live]]:
-    """`live_node(checkpoint=…, fill=…, peers=…, token=…)` → a `Live` node "n" of model "moe", without a fill."""
+def _keep_engine(context: Context) -> None:
+    """Let Mooncake's engine live until this process exits: destroying one holds the GIL for a second, over and over."""
+    engine = context.node.engine
+    assert isinstance(engine, MooncakeEngine)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine._engine))
+
+
+@contextmanager
+def _live_nodes(namespace: str, wait_until: Callable[..., Any]) -> Iterator[Callable[..., Live]]:
     with ExitStack() as stack:
 
         def start(checkpoint: Path | None = None, fill: str = "none", **options: Any) -> Live:
@@ -70,12 +78,34 @@ def live_node(namespace: str, wait_until: Callable[..., Any]) -> Iterator[Callab
             )
             context = Context.open(settings)
             stack.callback(context.stop)
+            _keep_engine(context)
             url = stack.enter_context(_served(create_app(settings, context)))
             wait_until(lambda: _answers(url), "the node answers")
             live = Live(url, context)
             stack.callback(live.http.close)
             return live
 
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_live_node(
+    own_namespace: Callable[[], AbstractContextManager[str]], wait_until: Callable[..., Any]
+) -> Iterator[Callable[..., Live]]:
+    """`live_node` for nodes that the tests of a module share: ending one takes most of a second. Start each once."""
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> Live:
+            namespace = stack.enter_context(own_namespace())
+            return stack.enter_context(_live_nodes(namespace, wait_until))(**options)
+
+        yield start
+
+
+@pytest.fixture
+def live_node(namespace: str, wait_until: Callable[..., Any]) -> Iterator[Callable[..., Live]]:
+    """`live_node(checkpoint=…, fill=…, peers=…, token=…)` → a `Live` node "n" of model "moe", without a fill."""
+    with _live_nodes(namespace, wait_until) as start:
         yield start
 
 

@@ -30,9 +30,9 @@ def operations() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.fixture
-def guarded(live_node: Callable[..., Any]) -> Any:
-    return live_node(token=TOKEN)
+@pytest.fixture(scope="module")
+def guarded(shared_live_node: Callable[..., Any]) -> Any:
+    return shared_live_node(token=TOKEN)
 
 
 def test_every_operation_but_the_probes_wants_the_token(guarded: Any) -> None:
@@ -110,10 +110,11 @@ def chunks(total: int) -> Iterator[bytes]:
     yield b"0\r\n\r\n"
 
 
-@pytest.fixture
-def bounded(monkeypatch: pytest.MonkeyPatch, live_node: Callable[..., Any]) -> Any:
-    monkeypatch.setattr(access.Gate.__init__, "__defaults__", (33_333,))
-    return live_node()
+@pytest.fixture(scope="module")
+def bounded(shared_live_node: Callable[..., Any]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:  # the limit is read once, when the node starts
+        patch.setattr(access.Gate.__init__, "__defaults__", (33_333,))
+        return shared_live_node()
 
 
 HEAD = b"POST /v1/restores HTTP/1.1\r\nHost: n\r\nConnection: close\r\nContent-Type: application/json\r\n"

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shm import ExpertKey, HotspareError, attach
-from transfer.synth import write_checkpoint
+from shm import ExpertKey, HotspareError
 
 Blocks = Mapping[ExpertKey, bytes]
-
-
-def held(namespace: str, node: str) -> dict[ExpertKey, bytes]:
-    """The bytes of every block that the node's segment has published, found without it."""
-    with attach("moe", namespace=namespace, node=node) as weights:
-        return {weights.manifest.keys[row]: bytes(weights.block(row)) for row in weights.rows().tolist()}
-
-
-def bytes_by_source(daemon: Any) -> dict[str, int]:
-    total = {"local": 0, "peer": 0, "disk": 0}
-    for restore in daemon.get("/v1/restores")["restores"]:
-        for source, nbytes in restore["bytes_by_source"].items():
-            total[source] += nbytes
-    return total
+Held = Callable[..., Blocks]
 
 
 @pytest.fixture
@@ -40,6 +27,7 @@ def test_a_node_without_a_checkpoint_has_everything_from_its_peers(
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     empty = serve("n1", ports).wait_live()  # first: it waits for a peer that has a manifest
     assert empty.ask("GET", "/readyz").status_code == 503
@@ -47,15 +35,19 @@ def test_a_node_without_a_checkpoint_has_everything_from_its_peers(
     empty.wait_ready()
     expected = expected_blocks(moe_checkpoint)
     assert held(namespace, "n1") == expected
-    assert bytes_by_source(empty) == {"local": 0, "peer": sum(map(len, expected.values())), "disk": 0}
+    assert empty.bytes_by_source() == {"local": 0, "peer": sum(map(len, expected.values())), "disk": 0}
 
 
 def test_peers_come_before_the_disk(
-    serve: Callable[..., Any], ports: dict[str, int], namespace: str, moe_checkpoint: Path
+    serve: Callable[..., Any],
+    ports: dict[str, int],
+    namespace: str,
+    moe_checkpoint: Path,
+    held: Held,
 ) -> None:
     serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
     second = serve("n1", ports, checkpoint=moe_checkpoint).wait_ready()
-    assert bytes_by_source(second)["disk"] == 0
+    assert second.bytes_by_source()["disk"] == 0
     assert held(namespace, "n1") == held(namespace, "n0")
 
 
@@ -64,7 +56,7 @@ def test_the_disk_alone_when_told_so(
 ) -> None:
     serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
     second = serve("n1", ports, checkpoint=moe_checkpoint, fill="disk").wait_ready()
-    assert bytes_by_source(second)["peer"] == 0
+    assert second.bytes_by_source()["peer"] == 0
 
 
 def test_nothing_until_a_restore_is_asked_for(
@@ -86,22 +78,19 @@ def test_peers_with_other_weights_never_win_over_the_checkpoint(
     moe_checkpoint: Path,
     tmp_path: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
+    write_moe: Callable[..., Path],
 ) -> None:
     """Same names, same headers, other bytes: peers still hold the model as it was before it was exchanged."""
-    other = tmp_path / "other"
-    write_checkpoint(other, "deepseek-v3", layers=6, experts=13, scale=0.06, seed=4, file_nbytes=3333333)
+    other = write_moe(tmp_path / "other", seed=4)
     serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
     second = serve("n1", ports, checkpoint=other)
     expected = expected_blocks(other)
     sealed_with: list[Blocks] = []
     second.wait_live()
     while True:  # nobody may attach to the wrong ones meanwhile
-        try:
-            with attach("moe", namespace=namespace, node="n1") as weights:
-                found = {weights.manifest.keys[row]: bytes(weights.block(row)) for row in weights.rows().tolist()}
-            sealed_with.append(found)
-        except HotspareError:
-            pass
+        with suppress(HotspareError):
+            sealed_with.append(held(namespace, "n1"))
         if second.ask("GET", "/readyz").status_code == 200:
             break
     assert all(found == expected for found in sealed_with)
@@ -116,6 +105,7 @@ def test_a_checkpoint_that_comes_back_serves_again(
     moe_checkpoint: Path,
     tmp_path: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     """It went between the headers and the bytes; the node goes on by itself when it is there again."""
     directory = Path(shutil.copytree(moe_checkpoint, tmp_path / "there"))

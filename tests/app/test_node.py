@@ -18,28 +18,9 @@ from shm import ExpertKey, attach
 from shm.layout import SHM_DIRECTORY, SegmentName
 from shm.segment import Segment
 from transfer.checkpoint import read_checkpoint
-from transfer.synth import write_checkpoint
 
 Blocks = Mapping[ExpertKey, bytes]
-SIZES: dict[str, Any] = {"layers": 6, "experts": 13, "scale": 0.06, "file_nbytes": 3333333}
-
-
-def held(namespace: str, node: str = "n0", model: str = "moe") -> dict[ExpertKey, bytes]:
-    """The bytes of every block that the node's segment has published, found without it."""
-    with attach(model, namespace=namespace, node=node) as weights:
-        return {weights.manifest.keys[row]: bytes(weights.block(row)) for row in weights.rows().tolist()}
-
-
-def inode(namespace: str, node: str = "n0", model: str = "moe") -> int:
-    return os.stat(os.path.join(SHM_DIRECTORY, SegmentName(namespace, model, node).object_name)).st_ino
-
-
-def bytes_by_source(daemon: Any) -> dict[str, int]:
-    total = {"local": 0, "peer": 0, "disk": 0}
-    for restore in daemon.get("/v1/restores")["restores"]:
-        for source, nbytes in restore["bytes_by_source"].items():
-            total[source] += nbytes
-    return total
+Held = Callable[..., Blocks]
 
 
 @pytest.fixture
@@ -74,11 +55,15 @@ def erase_weights(directory: Path) -> None:
 
 
 def test_a_node_fills_itself_from_its_checkpoint(
-    filled: Any, namespace: str, copy: Path, expected_blocks: Callable[..., Blocks]
+    filled: Any,
+    namespace: str,
+    copy: Path,
+    expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     expected = expected_blocks(copy)
     assert held(namespace) == expected
-    assert bytes_by_source(filled) == {"local": 0, "peer": 0, "disk": sum(map(len, expected.values()))}
+    assert filled.bytes_by_source() == {"local": 0, "peer": 0, "disk": sum(map(len, expected.values()))}
     assert filled.get("/v1/node")["state"] == "ready"
 
 
@@ -91,15 +76,17 @@ def test_a_restart_adopts_what_is_sealed_without_its_weight_bytes(
     copy: Path,
     expected_blocks: Callable[..., Blocks],
     end: str,
+    held: Held,
+    segment_path: Callable[..., Path],
 ) -> None:
-    expected, before = expected_blocks(copy), inode(namespace)
+    expected, before = expected_blocks(copy), segment_path(namespace).stat().st_ino
     filled.signal(signal.Signals[end])
     filled.wait()
     erase_weights(copy)  # whoever reads them now has zeros
     again = serve("n0", ports, checkpoint=copy).wait_ready()
-    assert inode(namespace) == before
+    assert segment_path(namespace).stat().st_ino == before
     assert held(namespace) == expected
-    assert bytes_by_source(again) == {"local": 0, "peer": 0, "disk": 0}
+    assert again.bytes_by_source() == {"local": 0, "peer": 0, "disk": 0}
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace to see what is read")
@@ -148,29 +135,42 @@ def test_a_segment_is_adopted_when_the_checkpoint_is_gone(
     namespace: str,
     copy: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
+    segment_path: Callable[..., Path],
 ) -> None:
-    expected, before = expected_blocks(copy), inode(namespace)
+    expected, before = expected_blocks(copy), segment_path(namespace).stat().st_ino
     filled.kill()
     shutil.rmtree(copy)
     again = serve("n0", ports, checkpoint=copy).wait_ready()
     assert "adopting the sealed segment without its checkpoint" in again.said()
-    assert (inode(namespace), held(namespace)) == (before, expected)
+    assert (segment_path(namespace).stat().st_ino, held(namespace)) == (before, expected)
 
 
 def test_a_segment_is_adopted_without_any_checkpoint(
-    filled: Any, serve: Callable[..., Any], ports: dict[str, int], namespace: str
+    filled: Any,
+    serve: Callable[..., Any],
+    ports: dict[str, int],
+    namespace: str,
+    segment_path: Callable[..., Path],
 ) -> None:
-    before = inode(namespace)
+    before = segment_path(namespace).stat().st_ino
     filled.kill()
     serve("n0", ports).wait_ready()
-    assert inode(namespace) == before
+    assert segment_path(namespace).stat().st_ino == before
 
 
 @pytest.mark.parametrize("how", ["touched", "copied"])
 def test_files_with_the_same_bytes_are_the_same_checkpoint(
-    filled: Any, serve: Callable[..., Any], ports: dict[str, int], namespace: str, copy: Path, tmp_path: Path, how: str
+    filled: Any,
+    serve: Callable[..., Any],
+    ports: dict[str, int],
+    namespace: str,
+    copy: Path,
+    tmp_path: Path,
+    how: str,
+    segment_path: Callable[..., Path],
 ) -> None:
-    before = inode(namespace)
+    before = segment_path(namespace).stat().st_ino
     filled.kill()
     if how == "copied":
         copy = Path(shutil.copytree(copy, tmp_path / "other"))
@@ -178,13 +178,13 @@ def test_files_with_the_same_bytes_are_the_same_checkpoint(
         for path in copy.iterdir():
             os.utime(path, (1, 1))
     again = serve("n0", ports, checkpoint=copy).wait_ready()
-    assert inode(namespace) == before
-    assert bytes_by_source(again)["disk"] == 0
+    assert segment_path(namespace).stat().st_ino == before
+    assert again.bytes_by_source()["disk"] == 0
     again.kill()
     erase_weights(copy)  # the identity was noted: the third start compares no bytes
-    assert inode(namespace) == before
+    assert segment_path(namespace).stat().st_ino == before
     serve("n0", ports, checkpoint=copy).wait_ready()
-    assert inode(namespace) == before
+    assert segment_path(namespace).stat().st_ino == before
 
 
 @pytest.mark.parametrize("other", ["other bytes under the same headers", "other headers"])
@@ -197,10 +197,13 @@ def test_another_checkpoint_is_filled_anew(
     tmp_path: Path,
     expected_blocks: Callable[..., Blocks],
     other: str,
+    held: Held,
+    write_moe: Callable[..., Path],
 ) -> None:
-    sizes = SIZES if other.startswith("other bytes") else {**SIZES, "experts": 11}
-    write_checkpoint(tmp_path / "b", "deepseek-v3", seed=4, **sizes)
-    assert read_checkpoint(tmp_path / "b", "moe").manifest != read_checkpoint(copy, "moe").manifest or sizes is SIZES
+    experts = 13 if other.startswith("other bytes") else 11
+    write_moe(tmp_path / "b", experts=experts, seed=4)
+    same_headers = read_checkpoint(tmp_path / "b", "moe").manifest == read_checkpoint(copy, "moe").manifest
+    assert same_headers == (experts == 13)
     first, second = expected_blocks(copy), expected_blocks(tmp_path / "b")
     assert held(namespace) == first
     with attach("moe", namespace=namespace) as early:
@@ -218,6 +221,7 @@ def test_one_changed_expert_is_another_checkpoint(
     namespace: str,
     copy: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     filled.kill()
     checkpoint = read_checkpoint(copy, "moe")
@@ -236,24 +240,31 @@ def test_a_node_killed_while_it_fills_starts_over(
     copy: Path,
     expected_blocks: Callable[..., Blocks],
     wait_until: Callable[..., Any],
+    held: Held,
+    segment_path: Callable[..., Path],
 ) -> None:
     waiting = serve("n0", ports, checkpoint=copy, fill="none").wait_live()
     document = waiting.wait_restore(waiting.restore(experts=[{"layer": 3, "expert": e} for e in range(5)]))
     assert document["state"] == "succeeded"
     assert waiting.get("/v1/node")["blocks"] == 5
-    before = inode(namespace)
+    before = segment_path(namespace).stat().st_ino
     waiting.kill()
     again = serve("n0", ports, checkpoint=copy).wait_ready()
-    assert inode(namespace) != before
+    assert segment_path(namespace).stat().st_ino != before
     assert held(namespace) == expected_blocks(copy)
-    assert bytes_by_source(again)["local"] == 0
+    assert again.bytes_by_source()["local"] == 0
 
 
 # -- refusing ------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_daemon_is_refused_by_name_and_pid(
-    filled: Any, serve: Callable[..., Any], free_port: Callable[[], int], namespace: str, copy: Path
+    filled: Any,
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    namespace: str,
+    copy: Path,
+    held: Held,
 ) -> None:
     before = held(namespace)
     second = serve("n0", {"n0": free_port()}, checkpoint=copy)
@@ -314,6 +325,7 @@ def test_a_name_with_slashes_works_from_end_to_end(
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     model = "org/some.model v1.5"
     daemon = serve("n0", ports, checkpoint=moe_checkpoint, model=model).wait_ready()
@@ -330,19 +342,21 @@ def test_a_node_that_is_left_alone_extends_its_segment_instead_of_filling_it_ane
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
+    segment_path: Callable[..., Path],
 ) -> None:
     ports = {f"n{i}": free_port() for i in range(3)}
     expected = expected_blocks(moe_checkpoint)
     first = serve("n0", ports, checkpoint=moe_checkpoint, replicas=1).wait_ready()
-    some, before = held(namespace), inode(namespace)
+    some, before = held(namespace), segment_path(namespace).stat().st_ino
     assert 0 < len(some) < len(expected)
     with attach("moe", namespace=namespace) as early:
         first.stop()
         again = serve("n0", {"n0": ports["n0"]}, checkpoint=moe_checkpoint).wait_ready()
-        assert inode(namespace) == before
+        assert segment_path(namespace).stat().st_ino == before
         assert held(namespace) == expected
         missing = sum(map(len, expected.values())) - sum(map(len, some.values()))
-        assert bytes_by_source(again)["disk"] == missing
+        assert again.bytes_by_source()["disk"] == missing
         assert early.verify() == []
         assert len(early.rows()) == len(some)
     again.stop()
@@ -356,17 +370,19 @@ def test_a_peer_more_keeps_the_segment_and_its_blocks(
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
+    segment_path: Callable[..., Path],
 ) -> None:
     ports = {f"n{i}": free_port() for i in range(4)}
     three = {node: ports[node] for node in ("n0", "n1", "n2")}
     serve("n0", three, checkpoint=moe_checkpoint, replicas=2).wait_ready().kill()
-    before, some = inode(namespace), held(namespace)
+    before, some = segment_path(namespace).stat().st_ino, held(namespace)
     again = serve("n0", ports, checkpoint=moe_checkpoint, replicas=2).wait_ready()
-    assert inode(namespace) == before
+    assert segment_path(namespace).stat().st_ino == before
     assert held(namespace).items() >= some.items()
     expected = expected_blocks(moe_checkpoint)
     new = held(namespace).keys() - some.keys()
-    assert bytes_by_source(again)["disk"] == sum(len(expected[key]) for key in new)
+    assert again.bytes_by_source()["disk"] == sum(len(expected[key]) for key in new)
     assert len(new) < len(some) / 3, "a change of one node moves little"
 
 
@@ -376,6 +392,7 @@ def test_dense_tensors_are_kept_on_request(
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     serve("n0", ports, checkpoint=moe_checkpoint, include="all").wait_ready()
     assert held(namespace) == expected_blocks(moe_checkpoint, include="all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,21 @@ import pytest
 
 @pytest.fixture(scope="module")
 def start_nodes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    own_namespace: Callable[..., Any],
+    serving: Callable[..., Any],
+    free_port: Callable[[], int],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """`start_nodes("a", "b", checkpoint=…, env=…, fill=…)` → daemons by node id, peers of each other."""
-    # What tests/conftest.py offers for the life of one test, for the life of a module.
-    plugins = request.config.pluginmanager.get_plugins()
-    shared = next(plugin for plugin in plugins if hasattr(plugin, "Daemon") and hasattr(plugin, "serve"))
-    open_fixtures: list[Iterator[Any]] = []
+    with ExitStack() as stack:
 
-    def use(fixture: Any, *arguments: Any) -> Any:
-        open_fixtures.append(fixture.__wrapped__(*arguments))
-        return next(open_fixtures[-1])
+        def start(*names: str, **options: Any) -> dict[str, Any]:
+            namespace = stack.enter_context(own_namespace())
+            serve = stack.enter_context(serving(namespace, tmp_path_factory.mktemp("nodes")))
+            ports = {name: free_port() for name in names}
+            return {name: serve(name, ports, **options) for name in names}
 
-    def start(*names: str, **options: Any) -> dict[str, Any]:
-        serve = use(shared.serve, use(shared.namespace), tmp_path_factory.mktemp("nodes"))
-        find_port = shared.free_port.__wrapped__()
-        ports = {name: find_port() for name in names}
-        return {name: serve(name, ports, **options) for name in names}
-
-    yield start
-    for fixture in reversed(open_fixtures):
-        next(fixture, None)
+        yield start
 
 
 @pytest.fixture(scope="module")

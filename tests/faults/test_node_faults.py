@@ -24,22 +24,13 @@ import pytest
 from app.placement import Placement
 from shm import ExpertKey, attach, posix
 from shm.errors import SegmentUnsealed
-from shm.layout import SHM_DIRECTORY, BlockState, SegmentName
+from shm.layout import BlockState, SegmentName
 from shm.segment import Segment
 from transfer.checkpoint import read_checkpoint
 
 Blocks = Mapping[ExpertKey, bytes]
+Held = Callable[..., Blocks]
 QUICK = {"MC_TRANSFER_TIMEOUT": "5"}  # seconds; the least that Mooncake takes
-
-
-def held(namespace: str, node: str) -> dict[ExpertKey, bytes]:
-    """The bytes of every block that the node's segment has published, found without it."""
-    with attach("moe", namespace=namespace, node=node) as weights:
-        return {weights.manifest.keys[row]: bytes(weights.block(row)) for row in weights.rows().tolist()}
-
-
-def path_of(namespace: str, node: str) -> str:
-    return os.path.join(SHM_DIRECTORY, SegmentName(namespace, "moe", node).object_name)
 
 
 def knows(daemon: Any, *nodes: str, replicas: int) -> bool:
@@ -140,6 +131,7 @@ def test_a_source_that_goes_in_the_middle_is_replaced_by_the_other_replica(
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
     fault: str,
+    held: Held,
 ) -> None:
     restore_id = trio.catch()
     if fault == "killed":
@@ -161,6 +153,7 @@ def test_a_peer_that_does_not_answer_is_left_aside_and_costs_no_timeout(
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
     wait_until: Callable[..., Any],
+    held: Held,
 ) -> None:
     """The engine would wait a minute for the first word of a stopped process, and move nothing else meanwhile."""
     three = {node: ports[node] for node in ("n0", "n1", "n2")}
@@ -192,7 +185,11 @@ def flip(namespace: str, node: str, rows: list[int], manifest_rows: Mapping[int,
 
 
 def test_a_replica_that_rotted_is_never_served_as_good_and_can_be_mended(
-    trio: Trio, namespace: str, moe_checkpoint: Path, expected_blocks: Callable[..., Blocks]
+    trio: Trio,
+    namespace: str,
+    moe_checkpoint: Path,
+    expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     target = trio.target
     expected = expected_blocks(moe_checkpoint)
@@ -215,7 +212,11 @@ def test_a_replica_that_rotted_is_never_served_as_good_and_can_be_mended(
 
 
 def test_a_block_that_rotted_everywhere_comes_from_disk_or_is_named(
-    trio: Trio, namespace: str, moe_checkpoint: Path, expected_blocks: Callable[..., Blocks]
+    trio: Trio,
+    namespace: str,
+    moe_checkpoint: Path,
+    expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     target = trio.target
     expected = expected_blocks(moe_checkpoint)
@@ -243,15 +244,17 @@ def test_a_target_killed_in_the_middle_starts_over_and_completes(
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
+    segment_path: Callable[..., Path],
 ) -> None:
     trio.catch()
     trio.target.kill()
     with pytest.raises(SegmentUnsealed):
         held(namespace, "n2")
-    before = os.stat(path_of(namespace, "n2")).st_ino
+    before = segment_path(namespace, "n2").stat().st_ino
     trio.bad.signal(signal.SIGCONT)
     again = serve("n2", trio.ports, replicas=3, env=QUICK).wait_ready()
-    assert os.stat(path_of(namespace, "n2")).st_ino != before
+    assert segment_path(namespace, "n2").stat().st_ino != before
     assert held(namespace, "n2") == expected_blocks(moe_checkpoint)
     assert again.get("/v1/restores")["restores"][0]["bytes_by_source"]["disk"] == 0
 
@@ -261,6 +264,7 @@ def test_a_cancelled_restore_leaves_nothing_half_written(
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     target = trio.target
     restore_id = trio.catch()
@@ -289,6 +293,8 @@ def test_blocks_whose_replicas_are_all_gone_come_from_disk_and_only_those(
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
     wait_until: Callable[..., Any],
+    held: Held,
+    segment_path: Callable[..., Path],
 ) -> None:
     expected = expected_blocks(moe_checkpoint)
     manifest = read_checkpoint(moe_checkpoint, "moe").manifest
@@ -300,7 +306,7 @@ def test_blocks_whose_replicas_are_all_gone_come_from_disk_and_only_those(
     target = nodes["n3"].wait_live().wait_alive("n0", "n1", "n2")
     for node in ("n0", "n1"):
         nodes[node].kill()
-        os.unlink(path_of(namespace, node))
+        segment_path(namespace, node).unlink()
     rows = placement.rows_of("n3").tolist()
     lost = [manifest.keys[row] for row in rows if "n2" not in placement.nodes_of(row)]
     assert 0 < len(lost) < len(rows)
@@ -319,6 +325,8 @@ def test_any_nodes_but_one_replica_may_die_and_come_back_from_memory(
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
+    segment_path: Callable[..., Path],
 ) -> None:
     """Four nodes, three replicas: any two die with their memory, and return without a checkpoint. Twice."""
     expected = expected_blocks(moe_checkpoint)
@@ -332,7 +340,7 @@ def test_any_nodes_but_one_replica_may_die_and_come_back_from_memory(
         victims = chance.sample(sorted(ports), 2)
         for node in victims:
             nodes[node].kill()
-            os.unlink(path_of(namespace, node))
+            segment_path(namespace, node).unlink()
         for node in victims:
             nodes[node] = serve(node, ports, replicas=3, env=QUICK)
         for node in victims:
@@ -349,6 +357,7 @@ def test_a_daemon_that_crashes_serves_its_readers_on_and_adopts_a_block_that_was
     namespace: str,
     moe_checkpoint: Path,
     expected_blocks: Callable[..., Blocks],
+    held: Held,
 ) -> None:
     """Killed while it rewrote a block of its sealed segment: the block is half-written, and known to be."""
     alone = {"n0": ports["n0"]}
