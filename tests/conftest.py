@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import itertools
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -40,20 +37,6 @@ PR_SET_PDEATHSIG = 1
 
 _numbers = itertools.count()
 _libc = ctypes.CDLL(None)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Let child processes write bytecode for each other where none is installed and none may be written.
-
-    Otherwise each of some 400 children compiles FastAPI, torch and our packages again: half of a node's start.
-    """
-    is_installed = os.path.exists(importlib.util.cache_from_source(httpx.__file__))
-    if sys.dont_write_bytecode and not sys.pycache_prefix and not is_installed:
-        directory = tempfile.mkdtemp(prefix="hotspare-bytecode-")
-        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
-        sys.dont_write_bytecode, sys.pycache_prefix = False, directory
-        os.environ["PYTHONPYCACHEPREFIX"] = directory
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _die_with_parent() -> None:

@@ -84,3 +84,4 @@ def serve(
     settings = load_settings(config, options)
     settings.require_model()
     daemon.run(settings, log_level)
+    daemon.leave()
