@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,7 @@ class Restorer:
             )
             found = search.run(ladder.missing)
             self._open_engine(tally)
-            checkpoint = tally.attempt(self._disk.of, bound.manifest) if attempt == 0 else None
+            checkpoint = partial(self._disk.of, bound.manifest) if attempt == 0 and self._disk.is_given else None
             is_straight = self._is_straight and self._lease.has_registered
             if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
                 break

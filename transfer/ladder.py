@@ -5,7 +5,7 @@ Each rung is a `transfer.restore.Restore` over what the rungs before it could no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from shm.attachment import Attachment, HeldBlock
 from transfer.checkpoint import Checkpoint
@@ -15,7 +15,7 @@ from transfer.restore import Restore
 from transfer.slot_memory import CPU, BoundSlots
 from transfer.slot_report import Tally
 from transfer.slot_sources import DiskSlots, LocalSlots, PeerSlots, SlotDestination, SlotSource, want_of
-from transfer.sources import DiskSource
+from transfer.sources import DiskSource, position_on_disk
 from transfer.whereabouts import Mapped
 
 LOCAL, DISK = "local", "disk"
@@ -49,11 +49,14 @@ class Ladder:
         self,
         found: Mapping[int, Mapped],
         engine: TransferEngine | None,
-        checkpoint: Checkpoint | None,
+        checkpoint: Callable[[], Checkpoint] | None,
         *,
         is_straight: bool,
     ) -> bool:
-        """Take from peers, and from the disk what no peer could give; False if nobody had anything new to offer."""
+        """Take from peers, and from the disk what no peer could give; False if nobody had anything new to offer.
+
+        `checkpoint` is called, and its headers read, only if something is to come from it; raises CheckpointError.
+        """
         offers: dict[int, list[Offer]] = {}
         addresses: dict[tuple[str, str], dict[int, int]] = {}
         for row in self.missing:
@@ -76,10 +79,9 @@ class Ladder:
         ]
         tiers: list[Sequence[SlotSource]] = [peers]
         if checkpoint is not None:
-            disk = DiskSource(checkpoint, DISK)
-            tiers.append([DiskSlots(DISK, disk, bound.memory, bound.staging)])
+            tiers.append([DiskSlots(DISK, lambda: DiskSource(checkpoint(), DISK), bound.memory, bound.staging)])
             for row in self.missing:
-                offers.setdefault(row, []).append(Offer(DISK, disk.position(row)))
+                offers.setdefault(row, []).append(Offer(DISK, position_on_disk(bound.manifest, row)))
         if offers:
             self._run(list(offers), offers, tiers)
         self.has_timed_out |= any(peer.timed_out for peer in peers)

@@ -16,6 +16,7 @@ class LastResort:
     """Reads the directory's headers when they are first needed. Not thread-safe."""
 
     def __init__(self, directory: Path | str | None) -> None:
+        self.is_given = directory is not None
         self._directory = None if directory is None else Path(directory)
         self._checkpoint: Checkpoint | None = None
 
@@ -23,10 +24,12 @@ class LastResort:
         """The checkpoint, its experts only; None without a directory. Raises CheckpointError."""
         return self._read(model or NAMELESS, "experts")
 
-    def of(self, manifest: Manifest) -> Checkpoint | None:
-        """The checkpoint, if it is the one of `manifest`; None without a directory. Raises CheckpointError."""
+    def of(self, manifest: Manifest) -> Checkpoint:
+        """The checkpoint, if it is the one of `manifest`. Raises CheckpointError."""
         checkpoint = self._read(manifest.model, manifest.include)
-        if checkpoint is not None and checkpoint.manifest != manifest:
+        if checkpoint is None:
+            raise CheckpointError("no checkpoint directory was given")
+        if checkpoint.manifest != manifest:
             raise CheckpointError(
                 f"{self._directory} is not the checkpoint that the nodes keep: give that one, for nothing is read from "
                 "another"

@@ -1,11 +1,10 @@
 """A backup client for SGLang's elastic expert parallelism, in place of its own: same calls, Hotspare's memory.
 
 SGLang asks `use_backup` when experts were lost, then either calls `update_weights` or reloads from disk itself. Here
-`use_backup` is true while the rank's slots are bound and the model's manifest is known. What memory does not have, this
-client has SGLang reload from disk, those experts and no others, so that `update_weights` returns with every slot good.
-It raises RuntimeError, as SGLang's own client does, only when that failed too: a slot would hold another expert.
-
-Written against the sources of SGLang 0.5.23, and tried against its interface only.
+`use_backup` is true while the rank's slots are bound and the model's manifest is known. What memory does not have is
+read from the checkpoint, those experts and no others; what that does not have either, SGLang is asked to reload, so
+that `update_weights` returns with every slot good. It raises RuntimeError, as SGLang's own client does, only when that
+failed too: a slot would hold another expert.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ _log = logging.getLogger("hotspare.sglang")
 
 
 class HotspareBackupClient:
-    """Takes the place of `ExpertBackupClient(server_args, model_runner)`.
+    """Takes the place of SGLang's `ExpertBackupClient`, whatever that is constructed with; see `SGLangEngine`.
 
     The node is at HOTSPARE_URL, with HOTSPARE_TOKEN where it has one; HOTSPARE_TRANSPORT is tcp or rdma. The slots are
     bound in the background, and again whenever experts were placed anew.
     """
 
     def __init__(
-        self, server_args: Any, model_runner: Any, *, engine: Engine | None = None, restorer: Restorer | None = None
+        self, *arguments: Any, engine: Engine | None = None, restorer: Restorer | None = None, **keywords: Any
     ) -> None:
-        """`engine` and `restorer` are for tests, and for engines that are not quite SGLang 0.5.23."""
+        """`engine` and `restorer` are for engines that are not quite SGLang; all else goes to `SGLangEngine`."""
         self.use_backup = False
         self._restorer = restorer
         self._bound: Any = None
@@ -51,11 +50,12 @@ class HotspareBackupClient:
         self._stopped = threading.Event()
         self._preparing: threading.Thread | None = None
         try:
-            self._engine: Engine | None = engine or SGLangEngine(server_args, model_runner)
+            self._engine: Engine | None = engine or SGLangEngine(*arguments, **keywords)
             self._restorer = restorer or Restorer(
                 os.environ.get("HOTSPARE_URL") or DEFAULT_URL,
                 token=os.environ.get("HOTSPARE_TOKEN") or None,
                 transport=os.environ.get("HOTSPARE_TRANSPORT") or "tcp",
+                checkpoint=self._engine.checkpoint(),
             )
         except Exception as error:
             self._engine = None
@@ -198,6 +198,7 @@ def _placement(engine: Engine, parameters: Mapping[str, Any]) -> dict[int, tuple
     share, left = divmod(engine.physical_count, engine.ep_size)
     if left or not share:
         raise SlotMismatch(f"{engine.physical_count} physical experts do not divide among {engine.ep_size} ranks")
+    logical = engine.logical_count
     maps: dict[int, tuple[int, ...]] = {}
     for name, parameter in parameters.items():
         found = fused_name(name)
@@ -208,7 +209,7 @@ def _placement(engine: Engine, parameters: Mapping[str, Any]) -> dict[int, tuple
         if slots < share:
             raise SlotMismatch(f"{name} has {slots} slots, and a rank's share of the physical experts is {share}")
         row = [NO_EXPERT] * (slots * engine.ep_size)
-        for expert in range(engine.logical_count()):
+        for expert in range(logical):
             for physical in engine.physical_of(found.layer, expert):
                 rank, slot = divmod(physical, share)
                 row[rank * slots + slot] = expert

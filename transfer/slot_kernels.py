@@ -19,12 +19,14 @@ _MODULE_MARKS: Mapping[str, str] = {
     "_xpu_weights_transposed": "its weights are held transposed",
     "_mega_moe_weights_built": "its kernel has weights of its own, made from the parameters",
     "hpc_ops_w13_weight_scale": "its kernel has scales of its own, made from the parameters",
+    "_dwdp_bound": "its weights are those of all ranks, fetched as they are used",
 }
 _METHOD_MARKS: Mapping[str, str] = {
     "use_mxfp8": "MXFP8 scales are swizzled",
     "is_fp4_expert": "FP4 weights and scales are packed for their kernel",
     "use_flashinfer_trtllm_moe": REWRITTEN["flashinfer_trtllm"],
     "use_triton_kernels": REWRITTEN["triton_kernels"],
+    "w13_swiglu_interleaved": "rows of gate and up were interleaved, in place, for a kernel that applies SwiGLU itself",
 }
 
 
@@ -42,6 +44,8 @@ def sglang_layout(experts: Any, *, is_rocm: bool) -> str:
         for mark, why in marks.items():
             if _is_set(getattr(holder, mark, None)):
                 raise _refusal(mark, why)
+    if getattr(method, "block_quant", None) is False:
+        raise _refusal("one fp8 scale a tensor", "scales of gate and up become one, and weights are quantised again")
     runner = getattr(getattr(getattr(method, "runner", None), "runner_backend", None), "value", None)
     if runner not in PLAIN_RUNNERS:
         raise _refusal(f"runner {runner}", REWRITTEN.get(str(runner), "it is not known to use weights as loaded"))

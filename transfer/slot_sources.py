@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -201,15 +202,18 @@ class PeerSlots(SlotSource):
 
 
 class DiskSlots(SlotSource):
-    """The checkpoint's files, through staging."""
+    """The checkpoint's files, through staging. They are opened when first needed: most restores never do."""
 
     kind = SourceKind.DISK
 
-    def __init__(self, name: str, disk: DiskSource, memory: SlotMemory, staging: Staging) -> None:
+    def __init__(self, name: str, open_disk: Callable[[], DiskSource], memory: SlotMemory, staging: Staging) -> None:
+        """`open_disk` raises CheckpointError where there is none to be had."""
         lanes = max(2, min(DISK_LANES_MAX, os.cpu_count() or 2))
         super().__init__(name, memory, lanes, Limits(nbytes=staging.capacity))
-        self._disk = disk
+        self._open_disk = open_disk
+        self._disk: DiskSource | None = None
         self._staging = staging
+        self._lock = threading.Lock()
 
     def _fetch(self, wants: Sequence[Want]) -> Mapping[int, bytes]:
         checksums: dict[int, bytes] = {}
@@ -217,18 +221,26 @@ class DiskSlots(SlotSource):
             checksums |= self._through(group)
         return checksums
 
+    def _opened(self) -> DiskSource:
+        with self._lock:
+            if self._disk is None:
+                self._disk = self._open_disk()
+            return self._disk
+
     def _through(self, wants: Sequence[Want]) -> dict[int, bytes]:
+        disk = self._opened()
         with self._staging.take() as buffer:
             placed = _packed(buffer.address, wants)
             read = {
-                row: self._disk.read_block(row, view(to, want.nbytes))
+                row: disk.read_block(row, view(to, want.nbytes))
                 for (row, to), want in zip(placed, wants, strict=True)
             }
             put = self._memory.put(placed)
         return {row: taken for row, taken in read.items() if put[row] == taken}
 
     def close(self) -> None:
-        self._disk.close()
+        if self._disk is not None:
+            self._disk.close()
 
 
 def _aligned(nbytes: int) -> int:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import xxhash
 
-from shm.manifest import TENSOR_ALIGNMENT, TensorSpec
+from shm.manifest import TENSOR_ALIGNMENT, Manifest, TensorSpec
 from transfer.checkpoint import Checkpoint
 from transfer.engine import TransferEngine
 from transfer.errors import CheckpointError
@@ -154,6 +154,13 @@ def runs_of(tensors: tuple[TensorSpec, ...]) -> list[Run]:
     return runs
 
 
+def position_on_disk(manifest: Manifest, row: int) -> int:
+    """A number that puts blocks in the order in which they lie in the checkpoint's files."""
+    first = int(manifest.rows["first_range"][row])
+    file, offset = manifest.ranges[first][["file", "offset"]].tolist()
+    return int(file) << 48 | int(offset)
+
+
 class DiskSource:
     """The checkpoint's files, read straight to where the blocks belong: no second copy at any time."""
 
@@ -169,10 +176,8 @@ class DiskSource:
         self._lock = threading.Lock()
 
     def position(self, row: int) -> int:
-        """A number that puts blocks in the order in which they lie on disk."""
-        first = int(self._checkpoint.manifest.rows["first_range"][row])
-        file, offset = self._checkpoint.manifest.ranges[first][["file", "offset"]].tolist()
-        return int(file) << 48 | int(offset)
+        """See `position_on_disk`."""
+        return position_on_disk(self._checkpoint.manifest, row)
 
     def fetch(self, batch: Batch) -> Mapping[int, bytes]:
         checksums = {}

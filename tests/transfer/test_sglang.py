@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from transfer.sglang import HotspareBackupClient, run_expert_backup_manager
-from transfer.sglang_engine import EXPERT_LOCATION
+from transfer.sglang_engine import EXPERT_LOCATION, RUNTIME_CONTEXT
 from transfer.synth import write_checkpoint
 
 NOBODY = "http://127.0.0.1:9"
@@ -49,8 +49,31 @@ class UnquantizedFusedMoEMethod(Kernel):
     pass
 
 
+class Runner:
+    """A model runner, which constructs its backup client as its release does."""
+
+    def __init__(self, model: torch.nn.Module, ep_rank: int, ep_size: int, reload: Callable[..., Any]) -> None:
+        self.model = model
+        self.model_config = types.SimpleNamespace(model_path="/the/model", revision=None)
+        self.moe_ep_rank, self.moe_ep_size = ep_rank, ep_size
+        self.server_args = types.SimpleNamespace(model_path="/the/model", load_format="auto")
+        self.weight_updater = types.SimpleNamespace(update_weights_from_disk=reload)
+
+    def client(self, release: str) -> HotspareBackupClient:
+        ranks = {"moe_ep_size": self.moe_ep_size, "moe_ep_rank": self.moe_ep_rank}
+        given: dict[str, Any] = {"model_config": self.model_config, "get_model": lambda: self.model}
+        if release == "0.5.12":
+            return HotspareBackupClient(self.server_args, self)
+        if release == "0.5.18":
+            return HotspareBackupClient(server_args=self.server_args, **given, **ranks)
+        if release == "0.5.20":
+            return HotspareBackupClient(**given, **ranks)
+        assert release == "0.5.23"
+        return HotspareBackupClient(**given)
+
+
 class Rank:
-    """A model runner, its server arguments, its placement, and a reload from disk that is written down."""
+    """A rank's parameters and placement, and a reload from disk that is written down."""
 
     def __init__(
         self,
@@ -79,16 +102,7 @@ class Rank:
                 method = Fp8MoEMethod if "scale" in "".join(stored) else UnquantizedFusedMoEMethod
                 module.quant_method = method(runner)
                 module.register_parameter(f"{part}_{found['kind']}", torch.nn.Parameter(noise, requires_grad=False))
-        self.runner = types.SimpleNamespace(
-            model=root,
-            moe_ep_rank=ep_rank,
-            moe_ep_size=ep_size,
-            model_config=types.SimpleNamespace(hf_config=types.SimpleNamespace(n_routed_experts=self.logical)),
-            update_weights_from_disk=self._from_disk,
-        )
-        self.arguments = types.SimpleNamespace(
-            ep_num_redundant_experts=physical - self.logical, model_path="/the/model", load_format="auto"
-        )
+        self.runner = Runner(root, ep_rank, ep_size, self._from_disk)
         self.reloaded: list[set[str]] = []
         self.disk_answer: Any = (True, "")
 
@@ -110,6 +124,14 @@ class Rank:
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
         return {name: p.data for name, p in self.runner.model.named_parameters()}
+
+    @property
+    def num_logical_experts(self) -> int:
+        return self.logical
+
+    @property
+    def num_physical_experts(self) -> int:
+        return len(next(iter(self.placement.values())))
 
     def logical_to_all_physical(self, layer: int, expert: int) -> list[int]:
         return [physical for physical, logical in enumerate(self.placement[layer]) if logical == expert]
@@ -146,16 +168,22 @@ def copies(rank: Rank) -> dict[str, torch.Tensor]:
 def client(
     monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Any]
 ) -> Iterator[Callable[..., HotspareBackupClient]]:
-    """`client(rank, url, ready=…)` → a client made as SGLang makes it, waited for until it can be used."""
+    """`client(rank, url, ready=…, release=…)` → a client made as SGLang makes it, waited for until it can be used."""
     made: list[HotspareBackupClient] = []
     monkeypatch.setattr("transfer.sglang.RETRY_INTERVAL_S", 0.2)
 
-    def make(rank: Rank, url: str, *, ready: bool = True) -> HotspareBackupClient:
-        module = types.ModuleType(EXPERT_LOCATION)
-        module.get_global_expert_location_metadata = lambda: rank  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, EXPERT_LOCATION, module)
+    def make(rank: Rank, url: str, *, ready: bool = True, release: str = "0.5.23") -> HotspareBackupClient:
+        location, context = types.ModuleType(EXPERT_LOCATION), types.ModuleType(RUNTIME_CONTEXT)
+        location.get_global_expert_location_metadata = lambda: rank  # type: ignore[attr-defined]
+        context.get_parallel = lambda: rank.runner  # type: ignore[attr-defined]
+        context.get_model = lambda: rank.runner.server_args  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, EXPERT_LOCATION, location)
+        if release == "0.5.12":
+            monkeypatch.delitem(sys.modules, RUNTIME_CONTEXT, raising=False)
+        else:
+            monkeypatch.setitem(sys.modules, RUNTIME_CONTEXT, context)
         monkeypatch.setenv("HOTSPARE_URL", url)
-        made.append(HotspareBackupClient(rank.arguments, rank.runner))
+        made.append(rank.runner.client(release))
         if ready:
             wait_until(lambda: made[-1].use_backup, "bound")
         return made[-1]
@@ -321,19 +349,21 @@ def test_more_ranges_than_one_tcp_batch_takes_come_from_another_node(
 # -- what is missing comes from disk, as before ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("release", ["0.5.12", "0.5.18", "0.5.20", "0.5.23"])
 def test_experts_that_no_node_has_are_the_only_ones_reloaded_from_disk(
     serve: Callable[..., Any],
     free_port: Callable[[], int],
     moe_checkpoint: Path,
     moe: Stored,
     client: Callable[..., HotspareBackupClient],
+    release: str,
 ) -> None:
     ports = {name: free_port() for name in ("n0", "n1")}
     here, gone = (serve(name, ports, checkpoint=moe_checkpoint, fill="disk", replicas=1) for name in ports)
     gone.wait_ready()
     here.wait_ready().wait_alive("n1")
     rank = Rank(moe, shuffled(13))
-    backup = client(rank, here.url)
+    backup = client(rank, here.url, release=release)
     held = {(e["layer"], e["expert"]) for e in here.get("/v1/shard-map?scope=node")["experts"]}
     gone.kill()
     expected = copies(rank)
@@ -347,6 +377,30 @@ def test_experts_that_no_node_has_are_the_only_ones_reloaded_from_disk(
     rank.disk_answer = (False, "the disk is gone too")
     with pytest.raises(RuntimeError, match="the disk is gone too"):
         backup.update_weights()
+
+
+def test_experts_that_no_node_has_are_read_from_the_models_files_where_those_are_there(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ports = {name: free_port() for name in ("n0", "n1")}
+    here = serve("n0", ports, checkpoint=moe_checkpoint, fill="disk", replicas=1).wait_live()  # n1 is never there
+    held = {(e["layer"], e["expert"]) for e in here.wait_ready().get("/v1/shard-map?scope=node")["experts"]}
+    assert 0 < len(held) < 39
+    rank = Rank(moe, shuffled(16))
+    rank.runner.model_config.model_path = str(moe_checkpoint)
+    expected = copies(rank)
+    expect(rank, expected)
+    with caplog.at_level("INFO", "hotspare.sglang"):
+        client(rank, here.url).update_weights()
+    assert differing(rank, expected) == []
+    assert rank.reloaded == []
+    assert "39 of 39 experts" in caplog.text
+    assert "'disk': 0" not in caplog.text
 
 
 def test_without_a_node_sglang_reloads_itself_until_one_is_there(
@@ -389,7 +443,7 @@ def test_weights_that_a_kernel_rewrote_after_binding_are_left_to_sglang_for_good
 
 
 @pytest.mark.parametrize(
-    "breaking", ["a kernel that rewrites weights", "a marked parameter", "no counts", "ranks", "no experts"]
+    "breaking", ["a kernel that rewrites weights", "a marked parameter", "ranks", "no experts"]
 )
 def test_what_is_not_known_to_be_plain_is_left_to_sglang_for_good(
     moe: Stored, client: Callable[..., HotspareBackupClient], wait_until: Callable[..., Any], breaking: str
@@ -397,8 +451,6 @@ def test_what_is_not_known_to_be_plain_is_left_to_sglang_for_good(
     rank = Rank(moe, shuffled(16), 0, 2, runner="marlin" if "kernel" in breaking else "triton")
     if breaking == "a marked parameter":
         next(rank.runner.model.parameters()).is_shuffled = True
-    elif breaking == "no counts":
-        del rank.runner.model_config.hf_config.n_routed_experts
     elif breaking == "ranks":
         rank.runner.moe_ep_size = 3
     elif breaking == "no experts":
@@ -410,8 +462,20 @@ def test_what_is_not_known_to_be_plain_is_left_to_sglang_for_good(
     assert backup.use_backup is False
 
 
-def test_a_process_that_is_not_sglang_as_known_gets_no_exception(client: Callable[..., HotspareBackupClient]) -> None:
-    backup = HotspareBackupClient(types.SimpleNamespace(), types.SimpleNamespace())
+@pytest.mark.parametrize(
+    ("arguments", "keywords"),
+    [
+        ((), {}),
+        ((types.SimpleNamespace(), types.SimpleNamespace()), {}),
+        ((), {"model_config": None, "get_model": lambda: None}),
+        ((), {"of_next_year": 1}),
+    ],
+    ids=["nothing", "a runner without ranks", "no SGLang around it", "new arguments"],
+)
+def test_a_process_that_is_not_sglang_as_known_gets_no_exception(
+    arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    backup = HotspareBackupClient(*arguments, **keywords)
     assert backup.use_backup is False
     with pytest.raises(RuntimeError, match="reload them from disk"):
         backup.update_weights()

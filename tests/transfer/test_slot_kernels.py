@@ -23,7 +23,9 @@ class CompressedTensorsFusedMoEMethod(SimpleNamespace):
 
 def experts(method: Any = UnquantizedFusedMoEMethod, runner: str = "triton", **marks: Any) -> SimpleNamespace:
     on_method = {
-        k: marks.pop(k) for k in list(marks) if k.startswith(("use_mxfp8", "is_fp4", "use_fl", "load_up", "use_tr"))
+        k: marks.pop(k)
+        for k in list(marks)
+        if k.startswith(("use_mxfp8", "is_fp4", "use_fl", "load_up", "use_tr", "w13_swiglu", "block_quant"))
     }
     backend = SimpleNamespace(runner_backend=SimpleNamespace(value=runner))
     return SimpleNamespace(quant_method=method(runner=backend, **on_method), **marks)
@@ -43,11 +45,25 @@ def test_marks_that_are_off_do_no_harm() -> None:
 
 @pytest.mark.parametrize(
     "mark",
-    ["use_intel_amx_backend", "_mega_moe_weights_built", "use_mxfp8", "is_fp4_expert", "use_flashinfer_trtllm_moe"],
+    [
+        "use_intel_amx_backend",
+        "_mega_moe_weights_built",
+        "_dwdp_bound",
+        "use_mxfp8",
+        "is_fp4_expert",
+        "use_flashinfer_trtllm_moe",
+        "w13_swiglu_interleaved",
+    ],
 )
 def test_a_mark_of_rewriting_is_refused(mark: str) -> None:
     with pytest.raises(SlotMismatch, match=f"with {mark}: "):
         sglang_layout(experts(**{mark: True}), is_rocm=False)
+
+
+def test_fp8_with_one_scale_a_tensor_is_refused_and_block_fp8_is_not() -> None:
+    assert sglang_layout(experts(Fp8MoEMethod, block_quant=True), is_rocm=False) == "gate_first"
+    with pytest.raises(SlotMismatch, match="scales of gate and up become one"):
+        sglang_layout(experts(Fp8MoEMethod, block_quant=False), is_rocm=False)
 
 
 def test_scales_copied_aside_by_a_kernel_are_refused() -> None:
