@@ -9,12 +9,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench fmt openapi clean
+.PHONY: help setup demo test check sglang bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
 	@echo "make test     the test suite            make check    linters, types, import rules, OpenAPI drift"
 	@echo "make bench    the benchmarks            make fmt      format the code"
+	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
 
@@ -43,6 +44,17 @@ check: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m app.openapi_document --check
+
+# SGLang and what it imports, beside .venv and not in it: Triton alone takes 1 GB, and torch must stay as it is.
+SGLANG := build/sglang
+$(SGLANG)/.set-up: tests/sglang/requirements.txt | $(STAMP)
+	@rm -rf $(SGLANG)
+	@echo "installing into $(SGLANG)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(SGLANG) --requirement $<
+	@touch $@
+
+sglang: setup $(SGLANG)/.set-up
+	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/sglang
 
 bench: setup
 	@set -e; for script in $(wildcard tests/bench/*_figures.py); do echo "== $$script"; $(BIN)/python $$script; done

@@ -1,7 +1,7 @@
 """What a backup client needs of an engine's process, and SGLang's. Imports nothing of SGLang until it is asked.
 
-Facts of SGLang that are relied on are here and in `transfer.slot_kernels`, and nowhere else. Read in its releases 0.5.12
-to 0.5.23, and tried against the last of them by `make sglang`.
+Facts of SGLang that are relied on are here and in `transfer.slot_kernels`, and nowhere else. Read in releases 0.5.12 to
+0.5.23, and tried against the last of them by `make sglang`.
 """
 
 from __future__ import annotations

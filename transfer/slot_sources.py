@@ -232,8 +232,7 @@ class DiskSlots(SlotSource):
         with self._staging.take() as buffer:
             placed = _packed(buffer.address, wants)
             read = {
-                row: disk.read_block(row, view(to, want.nbytes))
-                for (row, to), want in zip(placed, wants, strict=True)
+                row: disk.read_block(row, view(to, want.nbytes)) for (row, to), want in zip(placed, wants, strict=True)
             }
             put = self._memory.put(placed)
         return {row: taken for row, taken in read.items() if put[row] == taken}

@@ -69,7 +69,9 @@ def test_the_wheel_carries_nothing_else(wheel: zipfile.ZipFile) -> None:
 def test_the_wheel_has_its_licence_command_and_extras(wheel: zipfile.ZipFile) -> None:
     info = next(name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-    assert b"hotspare = app.cli:main" in wheel.read(f"{info}/entry_points.txt")
+    entry_points = wheel.read(f"{info}/entry_points.txt")
+    assert b"[console_scripts]\nhotspare = app.cli:main" in entry_points
+    assert b"[sglang.srt.plugins]\nhotspare = transfer.sglang_plugin:register" in entry_points
     metadata = wheel.read(f"{info}/METADATA").decode()
     for extra in ("cpu", "cuda12", "cuda13"):
         assert f"Provides-Extra: {extra}\n" in metadata

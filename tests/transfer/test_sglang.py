@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from transfer import sglang_plugin
 from transfer.sglang import HotspareBackupClient, run_expert_backup_manager
 from transfer.sglang_engine import EXPERT_LOCATION, RUNTIME_CONTEXT
 from transfer.synth import write_checkpoint
@@ -442,9 +443,7 @@ def test_weights_that_a_kernel_rewrote_after_binding_are_left_to_sglang_for_good
     assert backup.use_backup is False
 
 
-@pytest.mark.parametrize(
-    "breaking", ["a kernel that rewrites weights", "a marked parameter", "ranks", "no experts"]
-)
+@pytest.mark.parametrize("breaking", ["a kernel that rewrites weights", "a marked parameter", "ranks", "no experts"])
 def test_what_is_not_known_to_be_plain_is_left_to_sglang_for_good(
     moe: Stored, client: Callable[..., HotspareBackupClient], wait_until: Callable[..., Any], breaking: str
 ) -> None:
@@ -480,6 +479,29 @@ def test_a_process_that_is_not_sglang_as_known_gets_no_exception(
     with pytest.raises(RuntimeError, match="reload them from disk"):
         backup.update_weights()
     backup.close()
+
+
+@pytest.mark.parametrize("url", [None, "", "http://127.0.0.1:8470"])
+def test_the_plugin_changes_sglang_only_where_a_node_is_named(monkeypatch: pytest.MonkeyPatch, url: str | None) -> None:
+    replaced: dict[str, Any] = {}
+    hooks = types.ModuleType(sglang_plugin.HOOK_REGISTRY)
+    hooks.HookType = types.SimpleNamespace(REPLACE="replace")  # type: ignore[attr-defined]
+    hooks.HookRegistry = types.SimpleNamespace(  # type: ignore[attr-defined]
+        register=lambda target, hook, kind: replaced.update({target: (hook, kind)})
+    )
+    monkeypatch.setitem(sys.modules, sglang_plugin.HOOK_REGISTRY, hooks)
+    monkeypatch.delenv("HOTSPARE_URL", raising=False)
+    if url is not None:
+        monkeypatch.setenv("HOTSPARE_URL", url)
+    sglang_plugin.register()
+    assert replaced == (
+        {
+            sglang_plugin.CLIENT: (HotspareBackupClient, "replace"),
+            sglang_plugin.MANAGER: (run_expert_backup_manager, "replace"),
+        }
+        if url
+        else {}
+    )
 
 
 def test_sglang_starts_no_backup_process_of_its_own_and_none_of_it_is_imported(python: Callable[..., Any]) -> None:

@@ -1,0 +1,3 @@
+"""Nothing of it is used."""
+
+decode_jpeg = ImageReadMode = None
