@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,8 +30,9 @@ from transfer.sources import DiskSource, SourceKind
 
 PUSH_NBYTES = 64 << 20  # of blocks in one push, unless one block is larger
 PUSH_BLOCKS_MAX = 1024
-PUSH_LANES = 2  # one push on the wire while the next is verified
+PUSH_LANES = max(2, min(6, (os.cpu_count() or 2) // 2))  # some on the wire while the next are verified
 ITEM_NBYTES_MAX = 8 << 20  # TCP moves the items of a batch side by side
+READ_BACK_NBYTES = 16 << 20  # at a time: the first touch of memory takes longer than to read into it again
 FAILED_WRITES_MAX = 2  # with none in between that went well: then the consumer is given up
 BUFFERS_LOST_MAX = 8  # buffers that a stopped consumer may still reach, in the life of this process
 
@@ -121,23 +123,26 @@ class Writer:
         self._transfer(self._engine.write, [copy for each in copies.values() for copy in each], "write to")
         if not self._read_back:
             return {}
-        return {row: "it differs when read back" for row, each in copies.items() if not self._holds(each)}
+        return dict.fromkeys(self._differing(copies), "it differs when read back")
 
-    def _holds(self, copies: Sequence[Copy]) -> bool:
-        """Whether the consumer's memory has what was written to it."""
-        for part in split(copies, Limits()):
-            with buffer(self._engine, sum(copy.nbytes for copy in part)) as address:
-                back, at = [], address
+    def _differing(self, written: Mapping[int, Sequence[Copy]]) -> set[int]:
+        """The rows of which the consumer's memory has not what was written to it."""
+        rows = [row for row, copies in written.items() for _ in copies]
+        differing: set[int] = set()
+        parts = split([copy for copies in written.values() for copy in copies], Limits(nbytes=READ_BACK_NBYTES))
+        done = 0
+        with buffer(self._engine, max(sum(copy.nbytes for copy in part) for part in parts)) as start:
+            for part in parts:
+                back, address = [], start
                 for copy in part:
-                    back.append(Copy(at, copy.destination, copy.nbytes))
-                    at += copy.nbytes
+                    back.append(Copy(address, copy.destination, copy.nbytes))
+                    address += copy.nbytes
                 self._transfer(self._engine.read, back, "read of")
-                if any(
-                    _libc.memcmp(ours.source, read.destination, ours.nbytes)
-                    for ours, read in zip(part, back, strict=True)
-                ):
-                    return False
-        return True
+                for row, ours, read in zip(rows[done:], part, back, strict=False):
+                    if _libc.memcmp(ours.source, read.destination, ours.nbytes):
+                        differing.add(row)
+                done += len(part)
+        return differing
 
     def _transfer(self, verb: Any, copies: Sequence[Copy], what: str) -> None:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.consumers import CONSUMERS_MAX, ConsumerStore
@@ -26,7 +27,8 @@ from transfer.engine import MooncakeEngine
 from transfer.push_table import consumer_document
 from transfer.slots import Slots
 
-directory, placement, ttl_s, left_out = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+directory, device = sys.argv[1], sys.argv[5]
+placement, ttl_s, left_out = json.loads(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 manifest = read_checkpoint(directory, "moe").manifest
 stored = {}
 for file in manifest.files:
@@ -45,22 +47,23 @@ for layer in layers:
     for part in PARTS:
         like = torch.stack([wanted(layer, expert, part) for expert in placement])
         noise = torch.randint(0, 256, (like.nbytes,), dtype=torch.uint8)
-        parameters[f"model.layers.{layer}.mlp.experts.{part}"] = noise.view(like.dtype).view(like.shape)
-before = {name: parameter.view(torch.uint8).clone() for name, parameter in parameters.items()}
+        parameters[f"model.layers.{layer}.mlp.experts.{part}"] = noise.view(like.dtype).view(like.shape).to(device)
+before = {name: parameter.view(torch.uint8).cpu().clone() for name, parameter in parameters.items()}
 slots = Slots.fused(parameters, physical_to_logical={layer: placement for layer in layers})
 engine = MooncakeEngine("127.0.0.1")
 engine.register([(r.address, r.nbytes) for r in slots.ranges[left_out:]])
 print("document", json.dumps(consumer_document(slots, manifest, engine.session_id, ttl_s)), flush=True)
 for line in sys.stdin:
     same, untouched = 0, 0
+    now = {name: parameter.view(torch.uint8).cpu() for name, parameter in parameters.items()}
     for layer in layers:
         for slot, expert in enumerate(placement):
             names = [(f"model.layers.{layer}.mlp.experts.{part}", part) for part in PARTS]
             same += all(
-                torch.equal(parameters[n][slot].view(torch.uint8), wanted(layer, expert, part).view(torch.uint8))
+                torch.equal(now[n][slot], wanted(layer, expert, part).view(torch.uint8))
                 for n, part in names
             )
-            untouched += all(torch.equal(parameters[n].view(torch.uint8)[slot], before[n][slot]) for n, _ in names)
+            untouched += all(torch.equal(now[n][slot], before[n][slot]) for n, _ in names)
     print("found", same, untouched, flush=True)
 """
 REDUNDANT = [*range(13), 4, 7, 0]
@@ -83,13 +86,15 @@ class Engine:
 
 @pytest.fixture
 def engine(python: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., Engine]:
-    """`engine(placement, ttl_s=…, left_out=…)` → a process that owns tensors and a Mooncake engine, and waits.
+    """`engine(placement, ttl_s=…, left_out=…, device=…)` → a process that owns tensors and an engine, and waits.
 
     `left_out` ranges are not registered with its engine, though it says so.
     """
 
-    def start(placement: list[int] = REDUNDANT, *, ttl_s: float = 300, left_out: int = 0) -> Engine:
-        return Engine(python(ENGINE, moe_checkpoint, json.dumps(placement), ttl_s, left_out))
+    def start(
+        placement: list[int] = REDUNDANT, *, ttl_s: float = 300, left_out: int = 0, device: str = "cpu"
+    ) -> Engine:
+        return Engine(python(ENGINE, moe_checkpoint, json.dumps(placement), ttl_s, left_out, device))
 
     return start
 
@@ -126,10 +131,14 @@ def restore(node: Any, name: str = "rank-0", **body: Any) -> dict[str, Any]:
 # -- the whole way ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))],
+)
 def test_nodes_fill_an_engine_that_only_waits_and_another_replica_serves_when_a_holder_dies(
-    cluster: Callable[..., list[Any]], engine: Callable[..., Engine]
+    cluster: Callable[..., list[Any]], engine: Callable[..., Engine], device: str
 ) -> None:
-    nodes, rank = cluster(3, 2), engine()
+    nodes, rank = cluster(3, 2), engine(device=device)
     slots = LAYERS * len(REDUNDANT)
     assert rank.found() == (0, slots)
     answer = put(nodes[0], rank.document)
