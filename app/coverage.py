@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shm.block import ExpertKey
 from shm.errors import InvalidInput
-from shm.manifest import ExpertKey, Manifest
+from shm.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)

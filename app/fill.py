@@ -8,9 +8,9 @@ import time
 
 from app.node import Node
 from app.restores import LocalRestore, RestoreStore
+from shm.block import ExpertKey
 from shm.errors import HotspareError
 from shm.layout import SegmentState
-from shm.manifest import ExpertKey
 from transfer.errors import CheckpointError
 from transfer.origin import first_difference
 from transfer.progress import Report

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from app.consumers import TTL_S_DEFAULT, TTL_S_MAX, TTL_S_MIN
 from app.membership import PeerState
 from app.node import NodeState
-from shm.manifest import NBYTES_MAX
+from shm.block import NBYTES_MAX
 from transfer.progress import RestoreState
 from transfer.push import PUSH_BLOCKS_MAX
 from transfer.push_table import (

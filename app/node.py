@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -22,11 +22,13 @@ import numpy as np
 from app.cluster import Cluster
 from app.membership import PeerState
 from app.placement import Int64s, Placement
+from app.segment_destination import SegmentDestination
 from app.settings import Settings
-from shm.checksum import CHECKSUM_NBYTES, checksum
+from shm.block import ExpertKey
+from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import InvalidInput, ManifestError
 from shm.layout import BlockState, SegmentName, SegmentState
-from shm.manifest import ExpertKey, Manifest
+from shm.manifest import Manifest
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, changed_files, read_checkpoint
 from transfer.engine import MooncakeEngine, TransferEngine
@@ -51,26 +53,6 @@ class NodeState(StrEnum):
     READY = "ready"
     DEGRADED = "degraded"
     STOPPING = "stopping"
-
-
-class SegmentDestination:
-    """A segment of ours as where a restore puts blocks."""
-
-    def __init__(self, segment: Segment, changed: Callable[[], None]) -> None:
-        self._segment = segment
-        self._changed = changed
-        self._memory = segment.mappings()  # sources write to addresses: those must outlive a renewal
-
-    def begin(self, want: Want) -> None:
-        self._segment.quarantine(want.row)
-        self._changed()
-
-    def checksum(self, want: Want) -> bytes:
-        return checksum(self._segment.block(want.row))
-
-    def publish(self, want: Want, checksum: bytes) -> None:
-        self._segment.publish(want.row, checksum)
-        self._changed()
 
 
 class Node:

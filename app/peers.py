@@ -8,20 +8,25 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import orjson
+from pydantic import BaseModel, ValidationError
 
+from app.problems import PeerFailed
+from shm.block import DENSE
 from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import HotspareError, ManifestError
-from shm.manifest import DENSE, Manifest
+from shm.manifest import Manifest
 
 CONNECT_TIMEOUT_S = 1.0
 POLL_TIMEOUT_S = 2.0
 DOCUMENT_TIMEOUT_S = 30.0  # a manifest or shard map of a large model
 DOCUMENT_NBYTES_MAX = 1 << 30
 CONNECTIONS_MAX = 64
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class PeerUnreachable(HotspareError):
@@ -124,6 +129,18 @@ class PeerClient:
         if not isinstance(document, dict):
             raise PeerUnreachable(f"{response.url} does not answer like a Hotspare node")
         return document
+
+
+def parsed(model: type[Model], answer: httpx.Response) -> Model:
+    """The document in a peer's answer. Raises PeerFailed."""
+    try:
+        return model.model_validate_json(answer.content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise PeerFailed(
+            f"{answer.url} does not answer like a Hotspare node ({where}: {first['msg']}): is it of another version?"
+        ) from None
 
 
 def _checksum(digits: str) -> bytes:

@@ -25,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shm.block import DENSE
 from shm.errors import InvalidInput
-from shm.manifest import DENSE, Manifest, check_name
+from shm.manifest import Manifest, check_name
 
 NODES_MAX = 256
 UNEVEN_PERCENT = 2  # how far a node's bytes may be from even; a smaller number moves more when the nodes change

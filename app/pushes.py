@@ -16,10 +16,11 @@ from typing import Any
 from app.consumers import Consumer
 from app.models import PushDocument, PushedExpert, PushRequest, PushTableDocument
 from app.node import UNKNOWN_CHECKSUM, Node
-from app.peers import PeerClient, PeerRefused
+from app.peers import PeerClient, PeerRefused, parsed
 from app.problems import Conflict, PeerFailed, TooManyRequests, Unavailable
+from shm.block import ExpertKey
 from shm.errors import InvalidInput
-from shm.manifest import ExpertKey, Manifest
+from shm.manifest import Manifest
 from shm.segment import Segment
 from transfer.engine import TransferEngine
 from transfer.errors import NothingToRestore
@@ -178,10 +179,7 @@ class PeerPush:
                     raise
                 time.sleep(BUSY_WAIT_S)
                 continue
-            try:
-                return PushDocument.model_validate_json(answer.content)
-            except ValueError as error:
-                raise PeerFailed(f"{self._url} does not answer like a Hotspare node: {error}") from error
+            return parsed(PushDocument, answer)
         raise PeerFailed(f"{self._url} was too busy for {BUSY_WAIT_S * BUSY_RETRIES_MAX:.0f} s")
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from app.membership import Peer
 from app.models import RestoreDocument, RestoreRequest
-from app.peers import PeerClient, PeerRefused, PeerUnreachable
+from app.peers import PeerClient, PeerRefused, PeerUnreachable, parsed
 from app.problems import Conflict, NotFound, PeerFailed, TooManyRequests, Unavailable
 from shm.errors import HotspareError, InvalidInput
 from transfer.progress import RestoreState
@@ -37,13 +37,11 @@ class RemoteRestore:
         body = request.model_dump(mode="json")
         try:
             answer = client.request("POST", f"{peer.url}/v1/restores", json=body, headers=headers)
-            document = RestoreDocument.model_validate_json(answer.content)
+            document = parsed(RestoreDocument, answer)
         except PeerUnreachable as error:
             raise Unavailable(f"node {peer.node_id} does not answer: {error}", retry_after_s=RETRY_AFTER_S) from error
         except PeerRefused as error:
             raise _as_said(error) from error
-        except ValueError as error:
-            raise PeerFailed(f"{peer.url} does not answer like a Hotspare node: {error}") from error
         return cls(document.id, peer.url, client, document)
 
     @property
@@ -61,7 +59,7 @@ class RemoteRestore:
                 return self._without_news(error)
             ended = {"state": RestoreState.FAILED, "error": "its node knows it no longer: it was restarted meanwhile"}
             self.last = self.last.model_copy(update=ended)
-        except (PeerUnreachable, ValueError) as error:
+        except (PeerUnreachable, PeerFailed) as error:
             return self._without_news(error)
         return self.last
 
@@ -73,13 +71,13 @@ class RemoteRestore:
             self._ask("POST", "/cancel")
         except PeerUnreachable as error:
             raise Unavailable(str(error), retry_after_s=RETRY_AFTER_S) from error
-        except (PeerRefused, ValueError) as error:
+        except PeerRefused as error:
             raise PeerFailed(str(error)) from error
 
     def _ask(self, method: str, suffix: str = "") -> None:
         self.answers = False
         answer = self.client.request(method, f"{self.url}/v1/restores/{self.id}{suffix}")
-        self.last = RestoreDocument.model_validate_json(answer.content)
+        self.last = parsed(RestoreDocument, answer)
         self.answers = True
 
     def _without_news(self, error: Exception) -> RestoreDocument:

@@ -26,8 +26,8 @@ from app.peers import PeerClient
 from app.problems import Conflict, NotFound, TooManyRequests, Unavailable
 from app.pushes import ConsumerPush
 from app.remote_restore import RETRY_AFTER_S, RemoteRestore
+from shm.block import ExpertKey
 from shm.errors import HotspareError
-from shm.manifest import ExpertKey
 from transfer.progress import Progress, RestoreState
 from transfer.restore import Restore
 from transfer.sources import SourceKind

@@ -196,8 +196,8 @@ class Settings(BaseModel):
             (self.node_id in self.peers,
              f"--peer {self.node_id}=…: that is this node's own --node-id: name the others only"),
             (self.replicas is not None and self.replicas > nodes,
-             f"--replicas {self.replicas}: there are {nodes} nodes (this one and {nodes - 1} given by --peer): "
-             "lower it, or name more peers"),
+             f"--replicas {self.replicas} needs as many nodes, and {nodes} {'is' if nodes == 1 else 'are'} known "
+             f"(this one and {nodes - 1} given by --peer): lower it, or name more peers"),
             (not self.address.is_loopback and self.token is None and not self.insecure,
              f"--listen {self.listen} can be reached from other hosts: set HOTSPARE_TOKEN, the same on every node, "
              "or say --insecure to let everyone in"),

@@ -9,8 +9,9 @@ import numpy as np
 
 from app.cluster import Cluster
 from app.node import Node
+from shm.block import DENSE
 from shm.errors import BlockUnavailable
-from shm.manifest import DENSE, Manifest
+from shm.manifest import Manifest
 
 
 def select(manifest: Manifest, layer: int | None, expert: int | None) -> np.ndarray[Any, np.dtype[np.int64]]:

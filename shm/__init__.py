@@ -6,7 +6,8 @@ with attach("qwen3-30b-a3b") as weights:
 """
 
 from shm.attachment import Attachment, attach
+from shm.block import ExpertKey
 from shm.errors import HotspareError
-from shm.manifest import ExpertKey, Manifest
+from shm.manifest import Manifest
 
 __all__ = ["Attachment", "ExpertKey", "HotspareError", "Manifest", "attach"]

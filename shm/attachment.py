@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shm import posix
+from shm.block import DENSE, ExpertKey, TensorTemplate, fill_template
 from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
@@ -32,7 +33,7 @@ from shm.errors import (
     SegmentUnsealed,
 )
 from shm.layout import ENTRY, HEADER_NBYTES, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState, object_prefix
-from shm.manifest import DENSE, ExpertKey, Manifest, TensorTemplate, check_name, fill_template
+from shm.manifest import Manifest, check_name
 
 if TYPE_CHECKING:
     import torch

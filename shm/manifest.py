@@ -11,75 +11,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from shm.block import (
+    DENSE,
+    NBYTES_MAX,
+    Block,
+    BlockSchema,
+    ExpertKey,
+    TensorEntry,
+    TensorSpec,
+    TensorTemplate,
+    fill_template,
+    schema_of,
+)
 from shm.errors import BlockUnavailable, InvalidInput, ManifestError
 
-TENSOR_ALIGNMENT = 64  # bytes; a cache line, and more than any dtype or vector copy asks for
 BLOCKS_MAX = 1 << 20
 SCHEMAS_MAX = 1 << 16
 TENSORS_PER_BLOCK_MAX = 1 << 16
 FILES_MAX = 1 << 16
 NAME_CHARS_MAX = 200  # a model, node or namespace name; Hugging Face allows 96
 TENSOR_NAME_CHARS_MAX = 1024
-NBYTES_MAX = 1 << 48
-
-DENSE = -1
-"""The `expert` of a block that holds a layer's dense tensors, and the `layer` of those outside any layer."""
-
-# Bits an element, by the dtype names of the safetensors format.
-DTYPE_BITS: Mapping[str, int] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 
 _ROW = np.dtype([("layer", "<i4"), ("expert", "<i4"), ("schema", "<u4"), ("first_range", "<u4")])
 _RANGE = np.dtype([("offset", "<u8"), ("file", "<u4"), ("reserved", "<u4")])
 _PREFIX = struct.Struct("<QQQ")  # bytes of the JSON head, rows, ranges
-
-
-class ExpertKey(NamedTuple):
-    """A logical expert of the checkpoint. `expert` is DENSE for the dense tensors of `layer`."""
-
-    layer: int
-    expert: int
-
-    @property
-    def is_expert(self) -> bool:
-        return self.expert != DENSE
-
-
-class TensorSpec(NamedTuple):
-    """One tensor of a block: where it lies in the block and where in the checkpoint. Units: bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    file: int
-    file_offset: int
-
-
-class TensorEntry(NamedTuple):
-    """What a checkpoint reader says of one tensor; `template` has `{layer}` and `{expert}` for the key's numbers."""
-
-    template: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: int
-    file_offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,48 +56,6 @@ class FileSpec:
     header_digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class TensorTemplate:
-    """A tensor of every block of a schema. `offset` and `nbytes` in bytes, within the block."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockSchema:
-    """The tensors that blocks of one kind consist of; `nbytes` spans the first byte to the last."""
-
-    tensors: tuple[TensorTemplate, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One row of the manifest, spelled out."""
-
-    index: int
-    key: ExpertKey
-    nbytes: int
-    tensors: tuple[TensorSpec, ...]
-
-
-def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a dense tensor; raises ManifestError for an unknown dtype or a size that is not whole bytes."""
-    bits_each = DTYPE_BITS.get(dtype)
-    if bits_each is None:
-        raise ManifestError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BITS)}")
-    if any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ManifestError(f"shape {list(shape)} has a side that is not a whole number of 0 or more")
-    bits = bits_each * math.prod(shape)
-    if bits % 8 or bits // 8 > NBYTES_MAX:
-        raise ManifestError(f"{dtype} {list(shape)} is {bits} bits: not whole bytes, or beyond {NBYTES_MAX} bytes")
-    return bits // 8
-
-
 def check_name(what: str, name: str) -> str:
     """Return a model, node or namespace name that is within limits, else raise InvalidInput."""
     if not name or len(name) > NAME_CHARS_MAX or not name.isprintable() or name != name.strip():
@@ -141,21 +64,6 @@ def check_name(what: str, name: str) -> str:
             f"give 1 to {NAME_CHARS_MAX} printable ones, without spaces at the ends"
         )
     return name
-
-
-def fill_template(template: str, key: ExpertKey) -> str:
-    """The tensor's name in the block of `key`."""
-    return template.replace("{layer}", str(key.layer)).replace("{expert}", str(key.expert))
-
-
-def _schema_of(entries: Sequence[TensorEntry]) -> BlockSchema:
-    tensors, end = [], 0
-    for entry in entries:
-        offset = -(-end // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
-        nbytes = tensor_nbytes(entry.dtype, entry.shape)
-        tensors.append(TensorTemplate(entry.template, entry.dtype, tuple(entry.shape), offset, nbytes))
-        end = offset + nbytes
-    return BlockSchema(tuple(tensors), end)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +97,7 @@ class Manifest:
             shape_of_block = tuple((e.template, e.dtype, tuple(e.shape)) for e in entries)
             schema = schema_ids.setdefault(shape_of_block, len(schemas))
             if schema == len(schemas):
-                schemas.append(_schema_of(entries))
+                schemas.append(schema_of(entries))
             rows.append((key.layer, key.expert, schema, len(ranges)))
             ranges.extend((e.file_offset, e.file, 0) for e in entries)
         manifest = cls(
@@ -342,7 +250,7 @@ class Manifest:
         try:
             files = tuple(FileSpec(str(n), int(size), str(d)) for n, size, d in head["files"])
             schemas = tuple(
-                _schema_of([TensorEntry(str(n), str(d), tuple(shape), 0, 0) for n, d, shape in tensors])
+                schema_of([TensorEntry(str(n), str(d), tuple(shape), 0, 0) for n, d, shape in tensors])
                 for tensors in head["schemas"]
             )
             model, family, include = check_name("model", str(head["model"])), str(head["family"]), str(head["include"])

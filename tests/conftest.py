@@ -22,9 +22,10 @@ import psutil
 import pytest
 
 from shm import attach, inventory, posix
+from shm.block import ExpertKey, TensorEntry
 from shm.checksum import checksum
 from shm.layout import SHM_DIRECTORY, BlockState, SegmentName
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.synth import write_checkpoint

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from shm.manifest import BLOCKS_MAX, DENSE, ExpertKey, TensorEntry
+from shm.block import DENSE, ExpertKey, TensorEntry
+from shm.manifest import BLOCKS_MAX
 from transfer.errors import CheckpointError
 from transfer.safetensors_header import StoredTensor
 

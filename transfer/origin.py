@@ -12,7 +12,7 @@ import os
 import numpy as np
 import xxhash
 
-from shm.manifest import ExpertKey
+from shm.block import ExpertKey
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint
 from transfer.errors import CheckpointError

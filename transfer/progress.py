@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from shm.manifest import ExpertKey
+from shm.block import ExpertKey
 from transfer.sources import SourceKind
 
 
@@ -47,13 +47,6 @@ class Report:
     created_at: float
     started_at: float | None
     finished_at: float | None
-
-    @property
-    def seconds(self) -> float:
-        """From start to finish, or to now while it runs; 0 before it starts."""
-        if self.started_at is None:
-            return 0.0
-        return (self.finished_at or time.time()) - self.started_at
 
     @property
     def ok(self) -> bool:

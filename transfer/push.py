@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from shm.block import TENSOR_ALIGNMENT, ExpertKey
 from shm.checksum import checksum
 from shm.errors import BlockUnavailable, HotspareError
-from shm.manifest import TENSOR_ALIGNMENT, ExpertKey, Manifest
+from shm.manifest import Manifest
 from transfer.engine import Copy, TransferEngine
 from transfer.errors import TransferFailed
 from transfer.memory import address_of, view

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shm.block import NBYTES_MAX
 from shm.errors import InvalidInput
-from shm.manifest import NBYTES_MAX, Manifest
+from shm.manifest import Manifest
 from transfer.engine import Copy
 from transfer.slots import Slots
 

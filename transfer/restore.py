@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
+from shm.block import ExpertKey
 from shm.errors import HotspareError
-from shm.manifest import ExpertKey
 from transfer.errors import TransferFailed
 from transfer.plan import Batch, Offer, Want, plan
 from transfer.progress import FailedBlock, Progress, Report, RestoreState

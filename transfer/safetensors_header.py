@@ -20,8 +20,9 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import safetensors
 import xxhash
 
+from shm.block import NBYTES_MAX, tensor_nbytes
 from shm.errors import ManifestError
-from shm.manifest import NBYTES_MAX, TENSOR_NAME_CHARS_MAX, tensor_nbytes
+from shm.manifest import TENSOR_NAME_CHARS_MAX
 from transfer.errors import CheckpointError
 
 LENGTH_NBYTES = 8

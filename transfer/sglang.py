@@ -117,6 +117,7 @@ class HotspareBackupClient:
         assert engine is not None
         assert restorer is not None
         parameters = {name: p for name, p in engine.parameters().items() if fused_name(name) is not None}
+        _check_all_named(engine, parameters)
         placement = _placement(engine, parameters)
         layout, tp_rank, tp_size = kernels = _kernels(engine)
         slots = Slots.fused(
@@ -188,6 +189,17 @@ def run_expert_backup_manager(server_args: Any, port_args: Any) -> None:
 
 def _said(error: Exception) -> str:
     return str(error) if isinstance(error, HotspareError) else f"{type(error).__name__}: {error}"
+
+
+def _check_all_named(engine: Engine, parameters: Mapping[str, Any]) -> None:
+    """Raises SlotMismatch for expert modules whose layer cannot be told, and which would be left as they are."""
+    known = {id(parameter) for parameter in parameters.values()}
+    strangers = sum(id(module.w13_weight) not in known for module in engine.modules())
+    if strangers:
+        raise SlotMismatch(
+            f"{strangers} expert modules have parameters not named like …layers.3.mlp.experts.w13_weight: their layer "
+            "is not known, so reload from disk"
+        )
 
 
 def _placement(engine: Engine, parameters: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shm.manifest import BlockSchema, ExpertKey, Manifest, TensorTemplate, fill_template
+from shm.block import BlockSchema, ExpertKey, TensorTemplate, fill_template
+from shm.manifest import Manifest
 from transfer.slot_copies import SlotCopy, coalesce
 from transfer.slot_layouts import Form, Home, Role, SlotMismatch, SlotTensor, checkpoint_role
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+from shm.block import ExpertKey
 from shm.errors import HotspareError
-from shm.manifest import ExpertKey
 from transfer.progress import Report
 from transfer.slots import SlotRef
 from transfer.sources import SourceKind

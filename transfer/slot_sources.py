@@ -13,8 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from shm.attachment import Attachment
+from shm.block import TENSOR_ALIGNMENT
 from shm.errors import BlockUnavailable, HotspareError
-from shm.manifest import TENSOR_ALIGNMENT
 from transfer.engine import Copy, TransferEngine
 from transfer.errors import TransferFailed
 from transfer.host_slots import SlotMemory

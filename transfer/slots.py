@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from shm.block import ExpertKey
 from shm.errors import InvalidInput
-from shm.manifest import ExpertKey, Manifest
+from shm.manifest import Manifest
 from transfer.slot_layouts import (
     LAYOUTS,
     NO_EXPERT,

@@ -16,7 +16,8 @@ from typing import Protocol
 
 import xxhash
 
-from shm.manifest import TENSOR_ALIGNMENT, Manifest, TensorSpec
+from shm.block import TENSOR_ALIGNMENT, TensorSpec
+from shm.manifest import Manifest
 from transfer.checkpoint import Checkpoint
 from transfer.engine import TransferEngine
 from transfer.errors import CheckpointError

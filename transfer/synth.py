@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shm.block import tensor_nbytes
 from shm.errors import InvalidInput
-from shm.manifest import BLOCKS_MAX, tensor_nbytes
+from shm.manifest import BLOCKS_MAX
 from transfer.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from transfer.errors import CheckpointError
 from transfer.families import EXPERTS_MAX, LAYERS_MAX

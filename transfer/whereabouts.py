@@ -27,7 +27,7 @@ class Mapped(NamedTuple):
 
 
 class Nodes(Protocol):
-    """The nodes' control planes: `transfer.client.ControlPlane`."""
+    """The nodes' control planes: `transfer.control_plane.ControlPlane`."""
 
     urls: list[str]
     """Our own node's first. Grows."""

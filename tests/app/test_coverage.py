@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from app.coverage import cover
 from app.placement import Placement
+from shm.block import DENSE, ExpertKey, TensorEntry
 from shm.errors import InvalidInput
-from shm.manifest import DENSE, ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 
 
 def manifest_of(keys: list[ExpertKey]) -> Manifest:

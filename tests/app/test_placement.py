@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.placement import NODES_MAX, UNEVEN_PERCENT, Placement
+from shm.block import DENSE, ExpertKey, TensorEntry
 from shm.errors import InvalidInput
-from shm.manifest import DENSE, ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 
 DEEPSEEK_V3_NBYTES = 44_050_944
 

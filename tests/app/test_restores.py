@@ -387,8 +387,9 @@ def test_the_nodes_refusal_is_ours(asking: RestoreStore, peer: Any, status: int,
 
 def test_an_answer_that_is_no_restore_is_a_failure_of_the_peer(asking: RestoreStore, peer: Any) -> None:
     peer.answers["POST /v1/restores"] = 202, b'{"id": 3}'
-    with pytest.raises(PeerFailed, match="does not answer like a Hotspare node"):
+    with pytest.raises(PeerFailed, match=r"does not answer like a Hotspare node \(id: .*another version\?$") as failed:
         asking.submit(AT_P)
+    assert "\n" not in str(failed.value)
 
 
 def test_a_node_that_is_not_there_makes_it_unavailable(asking: RestoreStore, peer: Any) -> None:

@@ -183,7 +183,7 @@ def test_what_is_not_a_nodes_url_is_refused(url: str) -> None:
         ({"fill": "warm"}, ("--fill: ", "'auto', 'disk', 'peer' or 'none'")),
         ({"transport": "udp"}, ("--transport: ", "'tcp' or 'rdma'")),
         ({"replicas": 0}, ("--replicas: ", "greater than or equal to 1")),
-        ({"replicas": 3, "peers": [B]}, ("--replicas 3", "there are 2 nodes", "1 given by --peer")),
+        ({"replicas": 3, "peers": [B]}, ("--replicas 3", "2 are known", "1 given by --peer")),
         ({"peers": ["node-b"]}, ("--peer: ", "'node-b' is not ID=URL")),
         ({"peers": ["=http://a:1"]}, ("--peer: ", "is not ID=URL")),
         ({"peers": [B, "node-b=http://127.0.0.1:9999"]}, ("--peer: ", "'node-b' is given twice")),

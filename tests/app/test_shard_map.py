@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from app.shard_map import entries, node_replicas, select
+from shm.block import DENSE, ExpertKey, TensorEntry
 from shm.errors import BlockUnavailable
-from shm.manifest import DENSE, ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from workbench import MODEL, ROOT, Bench, Daemon, Figure, arguments, bench, tell
 
+from shm.block import ExpertKey, TensorEntry
 from shm.checksum import checksum
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 
 FIRST_TENSOR_MS_MAX = 150

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from workbench import Bench, Daemon, bench
 
 from shm.attachment import Attachment
+from shm.block import ExpertKey
 from shm.errors import SegmentError
-from shm.manifest import ExpertKey
 from transfer import Restorer, device_slots, slot_memory, slot_sources, staging
 from transfer.engine import Copy, MooncakeEngine, within_pieces
 from transfer.slots import Slots

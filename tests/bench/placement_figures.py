@@ -16,7 +16,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from app.placement import Placement
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.block import ExpertKey, TensorEntry
+from shm.manifest import FileSpec, Manifest
 
 DEEPSEEK_V3 = (58, 256, 44_050_944)  # layers with experts, experts a layer, bytes an expert
 CLUSTERS = 8

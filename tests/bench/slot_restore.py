@@ -22,9 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shm.attachment import attach
+from shm.block import ExpertKey, TensorEntry
 from shm.checksum import checksum
 from shm.layout import SegmentName
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from transfer import Restorer
 from transfer.plan import Limits, Offer, plan

@@ -27,7 +27,8 @@ from app.models import (
     ShardMap,
 )
 from app.problems import MEDIA_TYPE, Problem
-from shm.manifest import ExpertKey, Manifest
+from shm.block import ExpertKey
+from shm.manifest import Manifest
 from transfer.checkpoint import read_checkpoint
 
 BLOCKS = 39

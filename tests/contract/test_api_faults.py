@@ -13,7 +13,7 @@ import pytest
 
 from app.models import Readiness
 from app.problems import Problem
-from shm.manifest import ExpertKey
+from shm.block import ExpertKey
 from transfer.synth import write_checkpoint
 
 LIVE_WITHIN_S = 1.0

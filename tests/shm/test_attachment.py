@@ -16,6 +16,7 @@ import pytest
 
 from shm import ExpertKey, HotspareError, attach
 from shm.attachment import _TORCH_NAMES, ExpertTensors, torch_dtype
+from shm.block import DENSE, DTYPE_BITS, TensorEntry
 from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
@@ -31,7 +32,7 @@ from shm.errors import (
     SegmentUnsealed,
 )
 from shm.layout import SHM_DIRECTORY, SegmentName
-from shm.manifest import DENSE, DTYPE_BITS, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 
 torch = pytest.importorskip("torch")

@@ -13,20 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shm import manifest as module
+from shm.block import DENSE, DTYPE_BITS, NBYTES_MAX, TENSOR_ALIGNMENT, ExpertKey, TensorEntry, tensor_nbytes
 from shm.errors import BlockUnavailable, InvalidInput, ManifestError
-from shm.manifest import (
-    DENSE,
-    DTYPE_BITS,
-    NAME_CHARS_MAX,
-    NBYTES_MAX,
-    TENSOR_ALIGNMENT,
-    TENSOR_NAME_CHARS_MAX,
-    ExpertKey,
-    FileSpec,
-    Manifest,
-    TensorEntry,
-    tensor_nbytes,
-)
+from shm.manifest import NAME_CHARS_MAX, TENSOR_NAME_CHARS_MAX, FileSpec, Manifest
 
 PER_EXPERT = "model.layers.{layer}.mlp.experts.{expert}.w1.weight"
 FUSED = "model.layers.{layer}.mlp.experts.gate_up_proj[{expert}]"

@@ -35,7 +35,8 @@ OWNER = """
 import sys
 from shm.checksum import checksum
 from shm.layout import SegmentName
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.block import ExpertKey, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 
 namespace, state = sys.argv[1:]
@@ -248,7 +249,8 @@ import os, sys
 from shm import posix
 from shm.errors import SharedMemoryFull
 from shm.layout import SegmentName
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.block import ExpertKey, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 
 entry = [TensorEntry("layers.{layer}.experts.{expert}.w", "U8", (999999,), 0, 8)]

@@ -15,8 +15,9 @@ import pytest
 import xxhash
 from safetensors import safe_open
 
+from shm.block import DENSE, ExpertKey
 from shm.errors import InvalidInput
-from shm.manifest import DENSE, ExpertKey, Manifest
+from shm.manifest import Manifest
 from transfer.checkpoint import Checkpoint, changed_files, read_checkpoint
 from transfer.recipes import FAMILIES
 from transfer.synth import SynthPlan, plan_checkpoint

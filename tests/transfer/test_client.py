@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from shm.block import ExpertKey, TensorEntry
 from shm.checksum import checksum
 from shm.errors import InvalidInput
 from shm.layout import SegmentName
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from transfer import Restorer
 from transfer.checkpoint import read_checkpoint

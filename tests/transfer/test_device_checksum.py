@@ -12,8 +12,9 @@ import pytest
 import torch
 import xxhash
 
+from shm.block import ExpertKey, TensorEntry
 from shm.checksum import checksum
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from transfer import cuda_kernels, device_checksum
 from transfer.cuda import Cuda, DeviceFailed
 from transfer.device_checksum import DeviceChecksums, can_take, source

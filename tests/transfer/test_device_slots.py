@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from shm.block import ExpertKey, TensorEntry
 from shm.checksum import checksum
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from transfer.cuda import Cuda, DeviceFailed
 from transfer.device_slots import DeviceSlots
 from transfer.slot_table import SlotTable

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from shm.manifest import DENSE, ExpertKey, fill_template
+from shm.block import DENSE, ExpertKey, fill_template
 from transfer import families
 from transfer.errors import CheckpointError
 from transfer.families import Grouping, Include, LayerName, group_tensors, split_name

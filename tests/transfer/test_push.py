@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from shm.block import ExpertKey, TensorEntry
 from shm.errors import BlockUnavailable, InvalidInput
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from transfer import push as push_module
 from transfer.checkpoint import read_checkpoint

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import xxhash
 
+from shm.block import ExpertKey
 from shm.errors import HotspareError
-from shm.manifest import ExpertKey
 from transfer.checkpoint import read_checkpoint
 from transfer.errors import TransferFailed
 from transfer.memory import view

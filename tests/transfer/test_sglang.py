@@ -452,6 +452,9 @@ def test_what_is_not_known_to_be_plain_is_left_to_sglang_for_good(
         next(rank.runner.model.parameters()).is_shuffled = True
     elif breaking == "ranks":
         rank.runner.moe_ep_size = 3
+    elif breaking == "a draft's layer":
+        rank.runner.model.model.decoder = rank.runner.model.model.layers.get_submodule("3")
+        del rank.runner.model.model.layers._modules["3"]
     elif breaking == "no experts":
         rank.runner.model = torch.nn.Linear(3, 3)
     backup = client(rank, NOBODY, ready=False)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from shm.manifest import ExpertKey
+from shm.block import ExpertKey
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.slot_copies import apply_copies, gather_copies
 from transfer.slot_layouts import SlotMismatch

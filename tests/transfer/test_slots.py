@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shm.block import ExpertKey, TensorEntry
 from shm.errors import InvalidInput
-from shm.manifest import ExpertKey, FileSpec, Manifest, TensorEntry
+from shm.manifest import FileSpec, Manifest
 from transfer.slot_copies import apply_copies, gather_copies
 from transfer.slot_layouts import DTYPES, NO_EXPERT, SlotMismatch
 from transfer.slot_plan import SlotPlan

@@ -12,7 +12,7 @@ import pytest
 import xxhash
 from safetensors.numpy import save_file
 
-from shm.manifest import ExpertKey
+from shm.block import ExpertKey
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.engine import Copy
 from transfer.errors import CheckpointError

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from shm.block import DENSE
 from shm.errors import InvalidInput
-from shm.manifest import DENSE
 from transfer import synth
 from transfer.checkpoint import INDEX_NAME, Checkpoint, read_checkpoint
 from transfer.errors import CheckpointError
