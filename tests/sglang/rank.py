@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zmq
 from sglang.srt import runtime_context
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import parallel_state
@@ -25,6 +26,7 @@ from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import
 from sglang.srt.elastic_ep import expert_backup_manager
 from sglang.srt.eplb import eplb_manager, expert_location
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.managers.io_struct import UpdateExpertBackupReq, sock_send
 from sglang.srt.model_executor import model_runner
 from sglang.srt.models.deepseek_v2 import DeepseekV3ForCausalLM
 from sglang.srt.plugins import load_plugins
@@ -34,6 +36,7 @@ from transfer.sglang import HotspareBackupClient
 
 HOST = "127.0.0.1"
 WAIT_S = 120.0
+SUBSCRIBED_S = 1.0  # after its clients were made, a publisher of this host knows them
 
 Parameters = dict[str, torch.Tensor]
 
@@ -64,12 +67,12 @@ class Runner:
         return False, "this runner has no loader"
 
 
-def publish(options: argparse.Namespace) -> ServerArgs:
-    arguments = ServerArgs(
+def arguments_of(options: argparse.Namespace, world: int) -> ServerArgs:
+    return ServerArgs(
         model_path=str(options.checkpoint),
         device="cpu",
-        tp_size=options.world,
-        ep_size=options.world,
+        tp_size=world,
+        ep_size=world,
         skip_tokenizer_init=True,
         elastic_ep_backend="mooncake",
         enable_elastic_expert_backup=True,
@@ -78,8 +81,23 @@ def publish(options: argparse.Namespace) -> ServerArgs:
         moe_runner_backend="triton",
         attention_backend="torch_native",
     )
-    runtime_context.publish(arguments, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=options.rank))
-    return arguments
+
+
+def start_manager(options: argparse.Namespace) -> Any:
+    """SGLang's backup process. It publishes its map once, when as many clients as there are ranks said that they are
+    ready, and a client says so before it is sure to hear the answer: for more ranks than there are, it waits for us."""
+    return expert_backup_manager.run_expert_backup_manager(arguments_of(options, 2 * options.world), None)
+
+
+def let_manager_publish(options: argparse.Namespace) -> None:
+    """Say that the ranks which there are not are ready, now that all others listen."""
+    torch.distributed.barrier()
+    time.sleep(SUBSCRIBED_S)
+    if options.rank == 0:
+        ready = zmq.Context.instance().socket(zmq.PUSH)
+        ready.connect(f"tcp://{HOST}:{expert_backup_manager.PORT_BASE}")
+        for _ in range(options.world):
+            sock_send(ready, UpdateExpertBackupReq())
 
 
 def start_groups(options: argparse.Namespace) -> None:
@@ -205,9 +223,10 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 
-    arguments = publish(options)
+    arguments = arguments_of(options, options.world)
+    runtime_context.publish(arguments, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=options.rank))
     # In a deployment a launcher starts it, which has no transfer engine of its own that would be forked.
-    manager = expert_backup_manager.run_expert_backup_manager(arguments, None) if options.rank == 0 else None
+    manager = start_manager(options) if options.rank == 0 else None
     try:
         start_groups(options)
         model_config = ModelConfig.from_server_args(arguments)
@@ -218,6 +237,7 @@ def main() -> int:
         ours = runner.make_client()
         assert isinstance(ours, HotspareBackupClient)
         assert expert_backup_manager.run_expert_backup_manager(arguments, None) is None
+        let_manager_publish(options)
         wait_for(theirs)
         wait_for(ours)
 

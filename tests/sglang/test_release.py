@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +45,7 @@ def run_ranks(checkpoint: Path, url: str, port: int) -> list[dict[str, Any]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         for rank in range(WORLD)
     ]
@@ -50,7 +53,9 @@ def run_ranks(checkpoint: Path, url: str, port: int) -> list[dict[str, Any]]:
         said = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
     finally:
         for rank in ranks:
-            rank.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)  # and the backup process that it started
+            rank.wait()
     assert [rank.returncode for rank in ranks] == [0] * WORLD, "\n".join(err[-3000:] for _, err in said)
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
