@@ -202,6 +202,7 @@ WRITE = """
 import resource, signal, sys
 from transfer.errors import CheckpointError
 from transfer.synth import write_checkpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 if limit := int(sys.argv[2]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 def peak_kib():  # not ru_maxrss: that one begins at the parent's
