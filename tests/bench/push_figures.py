@@ -30,7 +30,7 @@ from transfer.slots import Slots
 HOST = "127.0.0.1"
 CONSUMER = "rank-0"
 ITEM_NBYTES = 8 << 20
-POLL_S = 0.002
+POLL_S = 0.02  # each asking costs the node a millisecond
 TORCH = {"F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 
 
