@@ -1,4 +1,6 @@
-"""Restoring into CPU tensors from local shared memory, as ratios: `python tests/bench/slot_restore.py [--json]`.
+"""Restoring into CPU tensors from local shared memory, as ratios.
+
+    python tests/bench/slot_restore_figures.py [--gb 1] [--json]
 
 `--gb` is how much is restored. Every time is the best of REPEATS, after one that does not count.
 """
