@@ -270,10 +270,15 @@ class Meddler:
         self.after_write(copies)
 
 
+@pytest.mark.parametrize("blocks_at_once", [1, 3, 1000])
 def test_reading_back_finds_a_byte_that_did_not_arrive(
-    holder: tuple[Segment, MooncakeEngine], plain_table: PlainTable
+    holder: tuple[Segment, MooncakeEngine],
+    plain_table: PlainTable,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks_at_once: int,
 ) -> None:
     segment, engine = holder
+    monkeypatch.setattr(push_module, "READ_BACK_NBYTES", blocks_at_once * int(segment.manifest.nbytes.max()))
     table, memory = plain_table(segment.manifest)
     meddler = Meddler(engine)
 
