@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from app.problems import Conflict, NotFound, TooManyRequests, Unavailable
-from transfer.push_table import PushTable
+from transfer.push.table import PushTable
 
 CONSUMERS_MAX = 128  # a node has some 8 GPUs, and a rank of each at a time
 TTL_S_MIN = 1.0

@@ -11,8 +11,8 @@ from app.restores import LocalRestore, RestoreStore
 from shm.block import ExpertKey
 from shm.errors import HotspareError
 from shm.layout import SegmentState
+from transfer.checkpoint.origin import first_difference
 from transfer.errors import CheckpointError
-from transfer.origin import first_difference
 from transfer.progress import Report
 from transfer.sources import SourceKind
 

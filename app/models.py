@@ -12,8 +12,8 @@ from app.membership import PeerState
 from app.node import NodeState
 from shm.block import NBYTES_MAX
 from transfer.progress import RestoreState
-from transfer.push import PUSH_BLOCKS_MAX
-from transfer.push_table import (
+from transfer.push.sources import PUSH_BLOCKS_MAX
+from transfer.push.table import (
     ADDRESS_MAX,
     BASES_MAX,
     COPIES_PER_FORM_MAX,

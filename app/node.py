@@ -31,9 +31,9 @@ from shm.layout import BlockState, SegmentName, SegmentState
 from shm.manifest import Manifest
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, changed_files, read_checkpoint
+from transfer.checkpoint.origin import first_difference, identity
 from transfer.engine import MooncakeEngine, TransferEngine
 from transfer.errors import CheckpointError, NothingToRestore
-from transfer.origin import first_difference, identity
 from transfer.plan import Offer, Piece, Want
 from transfer.progress import Progress
 from transfer.restore import Restore

@@ -26,7 +26,7 @@ from transfer.engine import TransferEngine
 from transfer.errors import NothingToRestore
 from transfer.plan import Batch, Limits, Offer
 from transfer.progress import Progress
-from transfer.push import (
+from transfer.push.sources import (
     PUSH_BLOCKS_MAX,
     PUSH_LANES,
     PUSH_NBYTES,
@@ -34,12 +34,10 @@ from transfer.push import (
     MemoryPush,
     PushDestination,
     PushJob,
-    WriteFailed,
-    Writer,
-    push,
     want_of,
 )
-from transfer.push_table import FormCopy, PushTable, SlotBases
+from transfer.push.table import FormCopy, PushTable, SlotBases
+from transfer.push.writer import WriteFailed, Writer, push
 from transfer.restore import Restore
 from transfer.sources import DiskSource, Source, SourceKind
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,21 +24,17 @@ from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
     ManifestError,
-    SegmentAmbiguous,
     SegmentCorrupt,
-    SegmentError,
     SegmentForeign,
-    SegmentNotFound,
     SegmentUnsealed,
 )
-from shm.layout import ENTRY, HEADER_NBYTES, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState, object_prefix
-from shm.manifest import Manifest, check_name
+from shm.layout import ENTRY, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState
+from shm.lookup import find_segment, read_header
+from shm.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
 
-HEADER_READS_MAX = 5  # a header read while its owner rewrites it fails its checksum: read again
-HEADER_RETRY_S = 0.002
 VERIFY_LOOKS = 2
 VERIFY_THREADS_MAX = 16  # xxh3 reaches the memory's speed before that
 
@@ -74,66 +69,6 @@ class ExpertTensors(dict[str, "torch.Tensor"]):
         if name.endswith(self._suffix) and name.removesuffix(self._suffix) in self:
             return self[name.removesuffix(self._suffix)]
         raise KeyError(name)
-
-
-def find_segment(model: str, namespace: str = "default", node: str | None = None) -> str:
-    """The object name of the one segment of this model on this host.
-
-    Raises SegmentNotFound, SegmentAmbiguous if several nodes of this host hold the model and none is named, or what is
-    wrong with the only one there is.
-    """
-    from shm.inventory import object_names
-
-    if node is not None:
-        return SegmentName(namespace, model, node).object_name
-    check_name("model", model), check_name("namespace", namespace)
-    found: dict[str, Header] = {}
-    wrong: list[SegmentError] = []
-    for object_name in object_names():
-        try:
-            header = open_header(object_name)
-        except SegmentNotFound:  # removed while we looked
-            continue
-        except SegmentError as error:
-            if object_name.startswith(object_prefix(namespace, model)):
-                wrong.append(error)
-            continue
-        if (header.name.namespace, header.name.model) == (namespace, model):
-            found[object_name] = header
-    sealed = [o for o, h in found.items() if h.state is SegmentState.SEALED]
-    choice = sealed or list(found)
-    if len(choice) > 1:
-        nodes = ", ".join(sorted(found[o].name.node for o in choice))
-        raise SegmentAmbiguous(f"several nodes of this host hold {model}: say node=… ({nodes})")
-    if not choice and wrong:
-        raise wrong[0]
-    if not choice:
-        raise SegmentNotFound(
-            f"no segment of {model} in namespace {namespace} on this host: `hotspare ls` lists what is, "
-            f"`hotspare serve --model {model} --checkpoint DIR` makes one"
-        )
-    return choice[0]
-
-
-def open_header(object_name: str) -> Header:
-    """The header of the object of this name. Raises the SegmentError that says what is wrong with it."""
-    fd = posix.open_existing(object_name, read_only=True)
-    try:
-        return read_header(fd, object_name)
-    finally:
-        os.close(fd)
-
-
-def read_header(fd: int, object_name: str) -> Header:
-    """The header of an open object, read again while its owner is in the middle of writing it."""
-    for attempt in range(HEADER_READS_MAX):
-        try:
-            return Header.unpack(os.pread(fd, HEADER_NBYTES, 0), object_name, os.fstat(fd).st_size)
-        except SegmentCorrupt:
-            if attempt + 1 == HEADER_READS_MAX:
-                raise
-            time.sleep(HEADER_RETRY_S)
-    raise AssertionError("unreachable")
 
 
 def attach(model: str, *, namespace: str = "default", node: str | None = None) -> Attachment:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shm import posix
 from shm.errors import HotspareError, SegmentBusy, SegmentForeign, SegmentNotFound
 from shm.layout import PREFIX, SHM_DIRECTORY, Header, SegmentState
-
-SEGMENTS_MAX = 4096  # listed of one host
+from shm.lookup import object_names, read_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +25,6 @@ class SegmentInfo:
     @property
     def state(self) -> str:
         return "unreadable" if self.header is None else self.header.state.name.lower()
-
-
-def object_names() -> Iterator[str]:
-    """Names in /dev/shm that could be segments, sorted."""
-    names = sorted(n for n in os.listdir(SHM_DIRECTORY) if n.startswith(PREFIX + "."))
-    yield from names[:SEGMENTS_MAX]
 
 
 def attached_pids(object_name: str, nodev_ino: tuple[int, int]) -> tuple[int, ...]:
@@ -52,8 +44,6 @@ def attached_pids(object_name: str, nodev_ino: tuple[int, int]) -> tuple[int, ..
 
 def inspect(object_name: str) -> SegmentInfo:
     """Look at one object. Raises SegmentNotFound; anything else that is wrong with it is in `error`."""
-    from shm.attachment import read_header
-
     try:
         stat = os.stat(os.path.join(SHM_DIRECTORY, object_name))
     except FileNotFoundError as error:

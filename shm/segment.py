@@ -43,6 +43,7 @@ from shm.layout import (
     place_blocks,
     plan_segment,
 )
+from shm.lookup import read_header
 from shm.manifest import Manifest
 
 CLAIM_ATTEMPTS_MAX = 16
@@ -56,11 +57,6 @@ class Extent:
     end: int
     address: int
     view: memoryview
-
-
-def read_header(fd: int, object_name: str) -> Header:
-    """The header page of an open object; raises the SegmentError that says what is wrong with it."""
-    return Header.unpack(os.pread(fd, HEADER_NBYTES, 0), object_name, os.fstat(fd).st_size)
 
 
 class Segment:

@@ -28,7 +28,7 @@ from shm.layout import SHM_DIRECTORY, BlockState, SegmentName
 from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint
-from transfer.synth import write_checkpoint
+from transfer.checkpoint.synth import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 OURS = f"t{os.getpid()}x"  # every namespace of this run begins so

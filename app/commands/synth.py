@@ -28,7 +28,7 @@ def synth(
     """Write a checkpoint with a real model's tensor names, dtypes and file layout, and seeded random content."""
     from app.console import write_json
     from app.units import size
-    from transfer.synth import write_checkpoint
+    from transfer.checkpoint.synth import write_checkpoint
 
     plan = write_checkpoint(directory, like, layers=layers, experts=experts, scale=scale, seed=seed)
     tensors = sum(len(file.tensors) for file in plan.files)

@@ -24,7 +24,7 @@ from app.units import rate, size
 from shm.errors import SharedMemoryFull
 from shm.layout import PREFIX
 from shm.posix import free_nbytes
-from transfer.synth import FILE_NBYTES, SynthPlan, plan_checkpoint, write_checkpoint
+from transfer.checkpoint.synth import FILE_NBYTES, SynthPlan, plan_checkpoint, write_checkpoint
 
 FAMILY = "deepseek-v3"
 LAYERS = 9  # three of them dense, as the model has them

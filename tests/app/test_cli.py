@@ -19,12 +19,12 @@ import pytest
 from app.cli import main
 from app.models import RestoreRequest
 from shm.checksum import checksum
-from shm.inventory import object_names
 from shm.layout import SegmentName, SegmentState
+from shm.lookup import object_names
 from shm.segment import Segment
 from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.synth import write_checkpoint
 from transfer.sources import DiskSource
-from transfer.synth import write_checkpoint
 
 DEADLINE_S = 20
 MODEL = "org/cli-model"

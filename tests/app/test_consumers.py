@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.consumers import CONSUMERS_MAX, ConsumerStore
 from app.problems import Conflict, NotFound, TooManyRequests
-from transfer.push_table import FormCopy, PushTable, SlotBases
+from transfer.push.table import FormCopy, PushTable, SlotBases
 
 # An engine: it fills its parameters with noise, registers them, says where they are, and from then on only waits.
 ENGINE = """
@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from transfer.checkpoint import read_checkpoint
 from transfer.engine import MooncakeEngine
-from transfer.push_table import consumer_document
+from transfer.push.table import consumer_document
 from transfer.slots import Slots
 
 directory, device = sys.argv[1], sys.argv[5]
@@ -211,8 +211,8 @@ def test_a_block_that_is_wrong_in_memory_is_never_sent_but_mended(
 
 
 def _spoil(object_name: str, layer: int, expert: int) -> None:
-    from shm.attachment import read_header
     from shm.layout import ENTRY
+    from shm.lookup import read_header
     from shm.manifest import Manifest
 
     with open(f"/dev/shm/{object_name}", "r+b", buffering=0) as file:

@@ -19,12 +19,12 @@ from app.demo.interruption import Interrupted, Interruption
 from app.demo.janitor import sweep
 from app.demo.story import checkpoint_shape
 from shm.attachment import attach
-from shm.inventory import object_names
 from shm.layout import SegmentName
+from shm.lookup import object_names
 from shm.segment import Segment
 from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.synth import plan_checkpoint, write_checkpoint
 from transfer.sources import DiskSource
-from transfer.synth import plan_checkpoint, write_checkpoint
 
 DEADLINE_S = 60
 TINY = "0.02"

@@ -29,9 +29,11 @@ from workbench import Bench, Daemon, bench
 from shm.attachment import Attachment
 from shm.block import ExpertKey
 from shm.errors import SegmentError
-from transfer import Restorer, device_slots, slot_memory, slot_sources, staging
+from transfer import Restorer
+from transfer.client import bound_slots, sources
+from transfer.cuda import slots as device_slots
 from transfer.engine import Copy, MooncakeEngine, within_pieces
-from transfer.slots import Slots
+from transfer.slots import Slots, staging
 
 DEVICE = "cuda:0"
 HOST = "127.0.0.1"
@@ -357,13 +359,13 @@ def local_variants(figures: Figures, url: str, held: Experts, layers: int, shape
     for lanes, size in ((2, 256), (4, 256), (3, 128), (6, 128), (3, 512)):
         with (
             constant(device_slots, "LANES", lanes),
-            constant(slot_sources, "LOCAL_BATCH_NBYTES_MAX", size << 20),
+            constant(sources, "LOCAL_BATCH_NBYTES_MAX", size << 20),
             Restorer(url) as restorer,
         ):
             restorer.bind(slots)
             taken = restored(restorer, held, "local")
             figures.add(f"  variant: {lanes} lanes, batches up to {size} MiB", taken)
-    with constant(slot_memory, "_checksums_on", lambda *_: None), Restorer(url) as restorer:
+    with constant(bound_slots, "_checksums_on", lambda *_: None), Restorer(url) as restorer:
         restorer.bind(slots)
         figures.add("  variant: checksums by the processor", restored(restorer, held, "local"))
     with constant(Attachment, "pin", refuse_pin), Restorer(url) as restorer:
@@ -421,16 +423,16 @@ def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> 
         figures.add("  variant: straight into GPU memory, read back", [time.perf_counter() - started])
     for lanes, item, size in ((4, 8, 96), (6, 16, 96), (6, 8, 48), (8, 8, 48), (6, 4, 48)):
         with (
-            constant(slot_sources, "PEER_LANES_MAX", lanes),
-            constant(slot_sources, "ITEM_NBYTES_MAX", item << 20),
+            constant(sources, "PEER_LANES_MAX", lanes),
+            constant(sources, "ITEM_NBYTES_MAX", item << 20),
             constant(staging, "BUFFER_NBYTES", size << 20),
-            constant(slot_sources, "STRAIGHT_BATCH_NBYTES", size << 20),
+            constant(sources, "STRAIGHT_BATCH_NBYTES", size << 20),
             Restorer(url, model=ELSEWHERE) as restorer,
         ):
             restorer.bind(slots)
             taken = restored(restorer, held, "peer")
             figures.add(f"  variant: {lanes} lanes, items of {item} MiB, buffers of {size} MiB", taken)
-    with constant(slot_memory, "_checksums_on", lambda *_: None), Restorer(url, model=ELSEWHERE) as restorer:
+    with constant(bound_slots, "_checksums_on", lambda *_: None), Restorer(url, model=ELSEWHERE) as restorer:
         restorer.bind(slots)
         figures.add("  variant: checksums by the processor", restored(restorer, held, "peer"))
 

@@ -23,9 +23,9 @@ from shm.manifest import Manifest
 from transfer.checkpoint import read_checkpoint
 from transfer.engine import Copy, MooncakeEngine, within_pieces
 from transfer.plan import Limits, split
-from transfer.push_table import consumer_document
-from transfer.slot_table import SlotTable
+from transfer.push.table import consumer_document
 from transfer.slots import Slots
+from transfer.slots.table import SlotTable
 
 HOST = "127.0.0.1"
 CONSUMER = "rank-0"

@@ -30,11 +30,11 @@ from shm.layout import SegmentName
 from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from transfer import Restorer
+from transfer.client.sources import LOCAL_LANES_MAX, want_of
 from transfer.plan import Limits, Offer, plan
-from transfer.slot_copies import apply_copies
-from transfer.slot_sources import LOCAL_LANES_MAX, want_of
-from transfer.slot_table import SlotTable
 from transfer.slots import Slots
+from transfer.slots.copies import apply_copies
+from transfer.slots.table import SlotTable
 
 REPEATS = 5
 NOBODY = "http://127.0.0.1:9"

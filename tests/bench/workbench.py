@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from shm import posix  # noqa: E402
 from shm.layout import PREFIX, SHM_DIRECTORY, SegmentName  # noqa: E402
-from transfer.synth import SynthPlan, plan_checkpoint, write_checkpoint  # noqa: E402
+from transfer.checkpoint.synth import SynthPlan, plan_checkpoint, write_checkpoint  # noqa: E402
 
 MODEL = "bench"
 FAMILY = "deepseek-v3"  # block fp8 with scales: six tensors a block, scales apart from weights in the file

@@ -14,7 +14,7 @@ import pytest
 from app.models import Readiness
 from app.problems import Problem
 from shm.block import ExpertKey
-from transfer.synth import write_checkpoint
+from transfer.checkpoint.synth import write_checkpoint
 
 LIVE_WITHIN_S = 1.0
 Serve = Callable[..., Any]

@@ -71,7 +71,7 @@ def test_the_wheel_has_its_licence_command_and_extras(wheel: zipfile.ZipFile) ->
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     entry_points = wheel.read(f"{info}/entry_points.txt")
     assert b"[console_scripts]\nhotspare = app.cli:main" in entry_points
-    assert b"[sglang.srt.plugins]\nhotspare = transfer.sglang_plugin:register" in entry_points
+    assert b"[sglang.srt.plugins]\nhotspare = transfer.sglang.plugin:register" in entry_points
     metadata = wheel.read(f"{info}/METADATA").decode()
     for extra in ("cpu", "cuda12", "cuda13"):
         assert f"Provides-Extra: {extra}\n" in metadata

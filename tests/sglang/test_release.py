@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from transfer.synth import write_checkpoint
+from transfer.checkpoint.synth import write_checkpoint
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="`make sglang` brings SGLang")
 

@@ -1,0 +1,80 @@
+"""Finding a segment on this host by name, and reading its header page without mapping it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+from shm import posix
+from shm.errors import SegmentAmbiguous, SegmentCorrupt, SegmentError, SegmentNotFound
+from shm.layout import HEADER_NBYTES, PREFIX, SHM_DIRECTORY, Header, SegmentName, SegmentState, object_prefix
+from shm.manifest import check_name
+
+SEGMENTS_MAX = 4096  # listed of one host
+HEADER_READS_MAX = 5  # a header read while its owner rewrites it fails its checksum: read again
+HEADER_RETRY_S = 0.002
+
+
+def object_names() -> Iterator[str]:
+    """Names in /dev/shm that could be segments, sorted."""
+    names = sorted(n for n in os.listdir(SHM_DIRECTORY) if n.startswith(PREFIX + "."))
+    yield from names[:SEGMENTS_MAX]
+
+
+def find_segment(model: str, namespace: str = "default", node: str | None = None) -> str:
+    """The object name of the one segment of this model on this host.
+
+    Raises SegmentNotFound, SegmentAmbiguous if several nodes of this host hold the model and none is named, or what is
+    wrong with the only one there is.
+    """
+    if node is not None:
+        return SegmentName(namespace, model, node).object_name
+    check_name("model", model), check_name("namespace", namespace)
+    found: dict[str, Header] = {}
+    wrong: list[SegmentError] = []
+    for object_name in object_names():
+        try:
+            header = open_header(object_name)
+        except SegmentNotFound:  # removed while we looked
+            continue
+        except SegmentError as error:
+            if object_name.startswith(object_prefix(namespace, model)):
+                wrong.append(error)
+            continue
+        if (header.name.namespace, header.name.model) == (namespace, model):
+            found[object_name] = header
+    sealed = [o for o, h in found.items() if h.state is SegmentState.SEALED]
+    choice = sealed or list(found)
+    if len(choice) > 1:
+        nodes = ", ".join(sorted(found[o].name.node for o in choice))
+        raise SegmentAmbiguous(f"several nodes of this host hold {model}: say node=… ({nodes})")
+    if not choice and wrong:
+        raise wrong[0]
+    if not choice:
+        raise SegmentNotFound(
+            f"no segment of {model} in namespace {namespace} on this host: `hotspare ls` lists what is, "
+            f"`hotspare serve --model {model} --checkpoint DIR` makes one"
+        )
+    return choice[0]
+
+
+def open_header(object_name: str) -> Header:
+    """The header of the object of this name. Raises the SegmentError that says what is wrong with it."""
+    fd = posix.open_existing(object_name, read_only=True)
+    try:
+        return read_header(fd, object_name)
+    finally:
+        os.close(fd)
+
+
+def read_header(fd: int, object_name: str) -> Header:
+    """The header of an open object, read again while its owner is in the middle of writing it."""
+    for attempt in range(HEADER_READS_MAX):
+        try:
+            return Header.unpack(os.pread(fd, HEADER_NBYTES, 0), object_name, os.fstat(fd).st_size)
+        except SegmentCorrupt:
+            if attempt + 1 == HEADER_READS_MAX:
+                raise
+            time.sleep(HEADER_RETRY_S)
+    raise AssertionError("unreachable")

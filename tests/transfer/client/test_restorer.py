@@ -1,0 +1,459 @@
+"""A restorer brings what can be had, says what cannot, and survives whatever its sources do."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shm.block import ExpertKey, TensorEntry
+from shm.checksum import checksum
+from shm.errors import InvalidInput
+from shm.layout import SegmentName
+from shm.manifest import FileSpec, Manifest
+from shm.segment import Segment
+from transfer import Restorer
+from transfer.checkpoint import read_checkpoint
+from transfer.client.report import SlotReport
+from transfer.engine import MooncakeEngine
+from transfer.slots import SlotRef, Slots
+from transfer.slots.layouts import NO_EXPERT, SlotMismatch
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+LAYERS, EXPERTS, HIDDEN, ROWS = 2, 5, 24, 7
+STEM = "model.layers.{layer}.mlp.experts.{expert}."
+SHAPES = {"gate_proj": (ROWS, HIDDEN), "up_proj": (ROWS, HIDDEN), "down_proj": (HIDDEN, ROWS)}
+
+
+def make_manifest() -> Manifest:
+    blocks = {
+        ExpertKey(layer, expert): [
+            TensorEntry(STEM + f"{name}.weight", "BF16", shape, 0, 0) for name, shape in SHAPES.items()
+        ]
+        for layer in range(LAYERS)
+        for expert in range(EXPERTS)
+    }
+    return Manifest.build("tiny", "test", "experts", [FileSpec("f", 1 << 20, "0" * 32)], blocks)
+
+
+class Owner:
+    """A sealed segment with random blocks, held by this process as a daemon would."""
+
+    def __init__(self, engine: MooncakeEngine, absent: frozenset[ExpertKey] = frozenset()) -> None:
+        self.engine = engine
+        self.manifest = make_manifest()
+        self.name = SegmentName(f"test-{secrets.token_hex(6)}", "tiny", "here")
+        self.fill(absent)
+
+    def fill(self, absent: frozenset[ExpertKey] = frozenset()) -> None:
+        rows = [row for row, key in enumerate(self.manifest.keys) if key not in absent]
+        self.segment = Segment.claim(self.name)
+        self.segment.allocate(self.manifest, rows)
+        generator = torch.Generator().manual_seed(5)
+        for row in rows:
+            block = self.segment.block(row)
+            for tensor in self.manifest.schema(row).tensors:
+                values = torch.randn(tensor.nbytes // 2, generator=generator).to(torch.bfloat16)
+                block[tensor.offset : tensor.offset + tensor.nbytes] = values.view(torch.uint8).numpy().tobytes()
+            self.segment.publish(row, checksum(block))
+        self.segment.seal()
+
+    def tensor(self, layer: int, expert: int, name: str) -> torch.Tensor:
+        row = self.manifest.index(layer, expert)
+        template = next(t for t in self.manifest.schema(row).tensors if name in t.name)
+        raw = bytes(self.segment.block(row)[template.offset : template.offset + template.nbytes])
+        return torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).view(template.shape)
+
+    def restorer(self, **options: Any) -> Restorer:
+        # Starting an engine takes a second, so the tests that need none of their own share one.
+        options = {"engine": self.engine, **options}
+        return Restorer(NOBODY, model="tiny", namespace=self.name.namespace, **options)
+
+
+@pytest.fixture(scope="module")
+def engine() -> MooncakeEngine:
+    return MooncakeEngine("127.0.0.1")
+
+
+@pytest.fixture
+def owner(engine: MooncakeEngine) -> Iterator[Owner]:
+    made = Owner(engine)
+    yield made
+    made.segment.unlink()
+
+
+def parameters(slots: int = EXPERTS, *, tp: int = 1, fill: float = -1.0) -> dict[str, torch.Tensor]:
+    rows = ROWS // tp
+    return {
+        f"model.layers.{layer}.mlp.experts.{part}_weight": torch.full(shape, fill, dtype=torch.bfloat16)
+        for layer in range(LAYERS)
+        for part, shape in (("w13", (slots, 2 * rows, HIDDEN)), ("w2", (slots, HIDDEN, rows)))
+    }
+
+
+def assert_slot(owner: Owner, held: dict[str, torch.Tensor], layer: int, slot: int, expert: int) -> None:
+    w13, w2 = (held[f"model.layers.{layer}.mlp.experts.{part}_weight"][slot] for part in ("w13", "w2"))
+    assert torch.equal(w13[:ROWS], owner.tensor(layer, expert, "gate_proj"))
+    assert torch.equal(w13[ROWS:], owner.tensor(layer, expert, "up_proj"))
+    assert torch.equal(w2, owner.tensor(layer, expert, "down_proj"))
+
+
+def assert_untouched(held: dict[str, torch.Tensor], layer: int, slot: int) -> None:
+    for part in ("w13", "w2"):
+        assert (held[f"model.layers.{layer}.mlp.experts.{part}_weight"][slot] == -1).all()
+
+
+# -- from this host's segment --------------------------------------------------------------------------------
+
+
+def test_with_no_daemon_every_slot_is_filled_from_the_attached_segment(owner: Owner) -> None:
+    held = parameters()
+    seen: list[SlotReport] = []
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held))
+        for _ in range(2):  # once more does no harm
+            report = restorer.restore(progress=seen.append)
+            total = int(owner.manifest.nbytes.sum())
+            assert (report.ok, report.experts_done, report.failed) == (True, LAYERS * EXPERTS, ())
+            assert report.bytes_by_source == {"local": total, "peer": 0, "disk": 0}
+            assert (report.bytes_done, report.bytes_total) == (total, total)
+            assert seen[-1] == report
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            assert_slot(owner, held, layer, expert, expert)
+
+
+def test_only_the_experts_asked_for_are_touched(owner: Owner) -> None:
+    held = parameters()
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held))
+        assert restorer.restore([(1, 3), (0, 2), (1, 3)]).experts_done == 2
+        assert restorer.restore(predicate=lambda name: ".0.mlp.experts.4.up" in name).experts_done == 1
+        assert restorer.restore(predicate=lambda name: False).ok
+    for layer in range(LAYERS):
+        for slot in range(EXPERTS):
+            if (layer, slot) in {(1, 3), (0, 2), (0, 4)}:
+                assert_slot(owner, held, layer, slot, slot)
+            else:
+                assert_untouched(held, layer, slot)
+
+
+def test_a_redundant_expert_is_counted_once_and_lies_in_each_of_its_slots(owner: Owner) -> None:
+    held = parameters(slots=4)
+    placement = [[3, 0, 3, NO_EXPERT, 4, 2, 1, 3]] * LAYERS
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held, physical_to_logical=placement, ep_rank=0, ep_size=2))
+        report = restorer.restore()
+    assert (report.experts_total, report.bytes_total) == (4, int(owner.manifest.nbytes[:1].sum()) * 4)
+    for layer in range(LAYERS):
+        for slot, expert in ((0, 3), (1, 0), (2, 3)):
+            assert_slot(owner, held, layer, slot, expert)
+        assert_untouched(held, layer, 3)
+
+
+@pytest.mark.parametrize("rank", range(ROWS))
+def test_a_tensor_parallel_part_is_filled_from_whole_blocks(owner: Owner, rank: int) -> None:
+    held = parameters(tp=ROWS)
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held, tp_rank=rank, tp_size=ROWS))
+        assert restorer.restore().ok
+    w13, w2 = (held[f"model.layers.1.mlp.experts.{part}_weight"][3] for part in ("w13", "w2"))
+    assert torch.equal(w13[0], owner.tensor(1, 3, "gate_proj")[rank])
+    assert torch.equal(w13[1], owner.tensor(1, 3, "up_proj")[rank])
+    assert torch.equal(w2[:, 0], owner.tensor(1, 3, "down_proj")[:, rank])
+
+
+@pytest.mark.parametrize("tp", [1, ROWS])
+def test_a_block_whose_bytes_changed_is_listed_with_its_slots_and_the_others_come(owner: Owner, tp: int) -> None:
+    row = owner.manifest.index(1, 2)
+    owner.segment.block(row)[100] ^= 1
+    held = parameters(tp=tp)
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held, tp_size=tp))
+        report = restorer.restore()
+    assert not report.ok
+    assert report.experts_done == LAYERS * EXPERTS - 1
+    (failed,) = report.failed
+    assert failed.key == ExpertKey(1, 2)
+    assert set(failed.slots) == {SlotRef(f"model.layers.1.mlp.experts.{part}_weight", 2) for part in ("w13", "w2")}
+    assert "checksum" in failed.reason
+    assert any(NOBODY in note for note in report.notes)
+
+
+def test_a_quarantined_block_is_not_taken(owner: Owner) -> None:
+    held = parameters()
+    owner.segment.quarantine(owner.manifest.index(0, 4))
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held))
+        report = restorer.restore()
+    assert [f.key for f in report.failed] == [ExpertKey(0, 4)]
+    assert_untouched(held, 0, 4)
+
+
+def test_blocks_of_an_extended_segment_are_had_at_the_next_restore(engine: MooncakeEngine) -> None:
+    late = ExpertKey(1, 4)
+    owner = Owner(engine, absent=frozenset({late}))
+    held = parameters()
+    try:
+        with owner.restorer() as restorer:
+            restorer.bind(Slots.fused(held))
+            assert [f.key for f in restorer.restore().failed] == [late]
+            row = owner.manifest.index(*late)
+            owner.segment.extend([row])
+            owner.segment.block(row)[:] = bytes(owner.segment.block(row - 1))
+            owner.segment.publish(row, checksum(owner.segment.block(row)))
+            assert restorer.restore().ok
+        assert_slot(owner, held, 1, 4, 4)
+    finally:
+        owner.segment.unlink()
+
+
+def test_a_segment_that_is_gone_is_let_go_and_its_successor_attached(owner: Owner) -> None:
+    held = parameters()
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held))
+        assert restorer.restore().ok
+        owner.segment.unlink()
+        report = restorer.restore()
+        assert (report.experts_done, len(report.failed)) == (0, LAYERS * EXPERTS)
+        owner.fill()
+        for tensor in held.values():
+            tensor.fill_(-1)
+        assert restorer.restore().ok
+    assert_slot(owner, held, 0, 1, 1)
+
+
+def test_a_segment_cut_short_is_reported_not_mapped(owner: Owner) -> None:
+    held = parameters()
+    with owner.restorer(node="here") as restorer:
+        restorer.bind(Slots.fused(held))
+        os.truncate(f"/dev/shm/{owner.name.object_name}", 8192)
+        report = restorer.restore()
+    assert report.experts_done == 0
+    assert any("its header says" in note for note in report.notes)
+    for slot in range(EXPERTS):
+        assert_untouched(held, 0, slot)
+
+
+# -- binding -------------------------------------------------------------------------------------------------
+
+
+def test_slots_of_another_shape_are_refused_before_a_byte_moves(owner: Owner) -> None:
+    held = {name: tensor[..., :-1].clone() for name, tensor in parameters().items() if "w13" in name}
+    held |= {name: tensor[:, :-1].clone() for name, tensor in parameters().items() if "w2" in name}
+    with owner.restorer() as restorer, pytest.raises(SlotMismatch, match="in the checkpoint"):
+        restorer.bind(Slots.fused(held))
+
+
+def test_a_parameter_that_moved_is_refused_before_a_byte_moves(owner: Owner) -> None:
+    held = parameters()
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held))
+        moved = next(iter(held.values()))
+        moved.data = moved.data.clone()
+        with pytest.raises(SlotMismatch, match="has moved in memory"):
+            restorer.restore()
+        assert all((tensor == -1).all() for tensor in held.values())
+        restorer.bind(Slots.fused(held))
+        assert restorer.restore().ok
+
+
+def test_what_the_caller_gets_wrong_is_refused(owner: Owner) -> None:
+    with owner.restorer() as restorer:
+        with pytest.raises(InvalidInput, match="bind"):
+            restorer.restore()
+        restorer.bind(Slots.fused(parameters()))
+        with pytest.raises(InvalidInput, match="expert 5 of layer 1"):
+            restorer.restore([(1, EXPERTS)])
+    with pytest.raises(InvalidInput, match="URL"):
+        Restorer("127.0.0.1:8470")
+
+
+def test_before_any_segment_is_there_everything_is_listed_and_later_it_comes(owner: Owner) -> None:
+    held = parameters()
+    owner.segment.unlink()
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held))
+        report = restorer.restore()
+        assert (report.ok, len(report.failed)) == (False, LAYERS * EXPERTS)
+        assert all(len(failed.slots) == 2 for failed in report.failed)
+        assert any("no segment of tiny" in note for note in report.notes)
+        owner.fill()
+        assert restorer.restore().ok
+
+
+def test_a_failing_progress_callback_stops_nothing(owner: Owner, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: SlotReport) -> None:
+        raise RuntimeError("full")
+
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(parameters()))
+        assert restorer.restore(progress=fail).ok
+    assert "the progress callback failed" in caplog.text
+
+
+def test_restores_from_several_threads_follow_each_other(owner: Owner) -> None:
+    held = parameters()
+    reports: list[SlotReport] = []
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(held))
+        threads = [threading.Thread(target=lambda: reports.append(restorer.restore())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [report.ok for report in reports] == [True] * 4
+    assert_slot(owner, held, 1, 1, 1)
+
+
+def test_importing_transfer_brings_neither_torch_nor_httpx() -> None:
+    code = "import sys, transfer; assert not {'torch', 'httpx', 'mooncake'} & set(sys.modules), sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- from peers and disk -------------------------------------------------------------------------------------
+
+
+class Rank:
+    """A rank with all experts of a checkpoint in fused parameters, and the right bytes to compare with."""
+
+    def __init__(self, checkpoint: Path, model: str, *, tp: int = 1) -> None:
+        from safetensors.torch import load_file
+
+        self.manifest = read_checkpoint(checkpoint, model).manifest
+        content = load_file(checkpoint / "model.safetensors")
+        self.right: dict[str, torch.Tensor] = {}
+        layers = sorted({key.layer for key in self.manifest.keys})
+        experts = sorted({key.expert for key in self.manifest.keys})
+        for layer in layers:
+            stem = f"model.layers.{layer}.mlp.experts."
+
+            def part(name: str, stem: str = stem) -> list[torch.Tensor]:
+                return [content[f"{stem}{expert}.{name}_proj.weight"] for expert in experts]
+
+            halves = zip(part("gate"), part("up"), strict=True)
+            w13 = torch.stack([torch.cat([g[: len(g) // tp], u[: len(u) // tp]]) for g, u in halves])
+            w2 = torch.stack([d[:, : d.shape[1] // tp] for d in part("down")])
+            self.right |= {stem + "w13_weight": w13, stem + "w2_weight": w2.contiguous()}
+        self.held = {name: torch.full_like(tensor, -1) for name, tensor in self.right.items()}
+        self.slots = Slots.fused(self.held, tp_size=tp)
+
+    def wipe(self) -> None:
+        for tensor in self.held.values():
+            tensor.fill_(-1)
+
+    @property
+    def is_right(self) -> bool:
+        return all(torch.equal(self.held[name], tensor) for name, tensor in self.right.items())
+
+
+@pytest.mark.parametrize(("tp", "lent"), [(1, False), (1, True), (5, False)], ids=["straight", "lent engine", "parts"])
+def test_peers_serve_until_the_last_and_then_the_disk(
+    tp: int, lent: bool, tiny_qwen3_moe: Path, cluster: Callable[..., Any]
+) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe)
+    rank = Rank(tiny_qwen3_moe, "qwen", tp=tp)
+    engine = MooncakeEngine("127.0.0.1")._engine if lent else None
+    with Restorer(nodes.urls[0], checkpoint=tiny_qwen3_moe, engine=engine) as restorer:
+        restorer.bind(rank.slots)
+        nodes.kill(0)
+        os.unlink(nodes.segment(0))
+        report = restorer.restore()
+        assert report.ok, report
+        assert report.bytes_by_source == {"local": 0, "peer": report.bytes_total, "disk": 0}
+        assert rank.is_right
+
+        nodes.kill(1)  # the map may still name it: then the next replica, or the disk, serves
+        rank.wipe()
+        report = restorer.restore()
+        assert report.ok, report
+        assert report.bytes_by_source["peer"] > 0
+        assert report.bytes_by_source["disk"] > 0
+        assert rank.is_right
+
+        nodes.kill(2)
+        rank.wipe()
+        report = restorer.restore()
+        assert report.bytes_by_source == {"local": 0, "peer": 0, "disk": report.bytes_total}
+        assert rank.is_right
+
+
+def test_a_peer_that_was_restarted_is_found_under_its_new_session(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any]
+) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
+    rank = Rank(tiny_qwen3_moe, "qwen")
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        nodes.kill(0)
+        os.unlink(nodes.segment(0))
+        nodes.kill(1)
+        nodes.start_again(1)
+        report = restorer.restore()
+        assert report.ok, report
+        assert rank.is_right
+
+
+def test_a_rotten_block_comes_from_the_next_replica(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
+    rank = Rank(tiny_qwen3_moe, "qwen")
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        with open(nodes.segment(0), "r+b") as segment:
+            segment.seek(-7000, os.SEEK_END)  # in the last block
+            byte = segment.read(1)
+            segment.seek(-1, os.SEEK_CUR)
+            segment.write(bytes([byte[0] ^ 1]))
+        report = restorer.restore()
+    assert report.ok, report
+    assert report.bytes_by_source["peer"] == int(rank.manifest.nbytes[-1])
+    assert rank.is_right
+
+
+def test_a_stopped_node_is_left_aside(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
+    rank = Rank(tiny_qwen3_moe, "qwen")
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        os.unlink(nodes.segment(0))
+        nodes.processes[1].send_signal(signal.SIGSTOP)
+        report = restorer.restore()  # our own daemon still has the memory, under no name
+    assert report.ok, report
+    assert rank.is_right
+    assert report.seconds < 15, "the transfer engine alone would wait for a minute"
+
+
+def test_what_a_peer_sends_after_it_timed_out_reaches_no_slot(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "5")
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
+    rank = Rank(tiny_qwen3_moe, "qwen")
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        os.unlink(nodes.segment(0))
+        assert restorer.restore().bytes_by_source["peer"] > 0
+        # It stops between our looking and our reading, a moment that cannot be hit from outside.
+        monkeypatch.setattr(restorer._control, "silent", lambda _: set())
+        nodes.processes[1].send_signal(signal.SIGSTOP)
+        rank.wipe()
+        report = restorer.restore()
+        assert report.ok, report
+        assert rank.is_right
+        assert restorer.session_id is None, "the engine that might still be sent bytes is gone"
+        rank.wipe()
+        nodes.processes[1].send_signal(signal.SIGCONT)
+        nodes.wait(1, "/readyz")
+        assert not rank.is_right
+        assert all((tensor == -1).all() for tensor in rank.held.values())
+        assert restorer.restore().ok
+        assert rank.is_right

@@ -1,0 +1,580 @@
+"""Copies planned for an engine's parameters put the bytes where indexing the tensors would."""
+
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shm.block import ExpertKey, TensorEntry
+from shm.errors import InvalidInput
+from shm.manifest import FileSpec, Manifest
+from transfer.slots import Slots
+from transfer.slots.copies import apply_copies, gather_copies
+from transfer.slots.layouts import DTYPES, NO_EXPERT, SlotMismatch
+from transfer.slots.plan import SlotPlan
+
+STEM = "model.layers.{layer}.mlp.experts."
+PARTS = ("gate", "up", "down")
+FP8 = torch.float8_e4m3fn
+
+
+def noise(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
+    """Random bytes, as what engines and checkpoints hold is to a copy."""
+    shape = tuple(shape)
+    size = torch.empty((), dtype=dtype).element_size()
+    return torch.randint(0, 256, (*shape[:-1], shape[-1] * size), dtype=torch.uint8).view(dtype)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(raw(one), raw(other))
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+@dataclass
+class Model:
+    """A checkpoint's tensors by key and name template, its manifest and its blocks."""
+
+    tensors: dict[ExpertKey, dict[str, torch.Tensor]]
+
+    def __post_init__(self) -> None:
+        entries = {
+            key: [TensorEntry(n, DTYPES[str(t.dtype)], tuple(t.shape), 0, 0) for n, t in named.items()]
+            for key, named in self.tensors.items()
+        }
+        files = [FileSpec("model.safetensors", 1 << 40, "0" * 32)]
+        self.manifest = Manifest.build("tiny", "test", "experts", files, entries)
+
+    def block(self, key: ExpertKey) -> bytes:
+        block = self.manifest.block(self.manifest.index(*key))
+        out = bytearray(block.nbytes)
+        names = {n.format(layer=key.layer, expert=key.expert): t for n, t in self.tensors[key].items()}
+        for spec in block.tensors:
+            out[spec.offset : spec.offset + spec.nbytes] = raw(names[spec.name]).numpy().tobytes()
+        return bytes(out)
+
+    def names(self, key: ExpertKey) -> dict[str, torch.Tensor]:
+        return {n.format(layer=key.layer, expert=key.expert): t for n, t in self.tensors[key].items()}
+
+    def fill(self, plan: SlotPlan) -> None:
+        for key in plan.keys:
+            for copies in plan.copies(key):
+                apply_copies(self.block(key), copies)
+
+
+def per_expert(
+    layers: Iterable[int], n_experts: int, hidden: int, inner: int, dtype: torch.dtype, group: int = 0,
+    names: Mapping[str, str] | None = None,
+) -> Model:  # fmt: skip
+    """Gate, up and down of every expert; with `group`, block scales as DeepSeek's beside them."""
+    names = names or {part: STEM + "{expert}." + part + "_proj" for part in PARTS}
+    tensors: dict[ExpertKey, dict[str, torch.Tensor]] = {}
+    for layer in layers:
+        for expert in range(n_experts):
+            named = tensors[ExpertKey(layer, expert)] = {}
+            for part in PARTS:
+                shape = (hidden, inner) if part == "down" else (inner, hidden)
+                named[names[part] + ".weight"] = noise(shape, dtype)
+                if group:
+                    scales = [-(-side // group) for side in shape]
+                    named[names[part] + ".weight_scale_inv"] = noise(scales, torch.float32)
+    return Model(tensors)
+
+
+def fused_parameters(
+    layers: Iterable[int], slots: int, hidden: int, inner: int, dtype: torch.dtype, group: int = 0
+) -> dict[str, torch.Tensor]:
+    """What a rank has, `inner` being its part: full of noise."""
+    out = {}
+    for layer in layers:
+        stem = STEM.format(layer=layer)
+        out[stem + "w13_weight"] = noise((slots, 2 * inner, hidden), dtype)
+        out[stem + "w2_weight"] = noise((slots, hidden, inner), dtype)
+        if group:
+            rows, columns = -(-inner // group), -(-hidden // group)
+            out[stem + "w13_weight_scale_inv"] = noise((slots, 2 * rows, columns), torch.float32)
+            out[stem + "w2_weight_scale_inv"] = noise((slots, columns, rows), torch.float32)
+    return out
+
+
+def load_by_indexing(
+    parameters: Mapping[str, torch.Tensor], model: Model, maps: Mapping[int, list[int]], layout: str,
+    ep: tuple[int, int], tp: tuple[int, int],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """What an engine's own loader would leave, done with indexing alone."""
+    out = {name: tensor.clone() for name, tensor in parameters.items()}
+    for name, tensor in out.items():
+        layer, kind = int(name.split(".")[2]), name.split("_", 1)[1]
+        mine = maps[layer][ep[0] * len(tensor) : (ep[0] + 1) * len(tensor)]
+        for slot, expert in enumerate(mine):
+            if expert == NO_EXPERT:
+                continue
+            found = {p: model.tensors[ExpertKey(layer, expert)][STEM + "{expert}." + f"{p}_proj.{kind}"] for p in PARTS}
+            if ".w2_" in name:
+                tensor[slot] = found["down"].chunk(tp[1], 1)[tp[0]]
+            else:
+                order = ("gate", "up") if layout == "gate_first" else ("up", "gate")
+                tensor[slot] = torch.cat([found[part].chunk(tp[1], 0)[tp[0]] for part in order])
+    return out
+
+
+@st.composite
+def deployments(draw: st.DrawFn) -> tuple[int, int, int, int, int, int, int, str, dict[int, list[int]]]:
+    tp_size, ep_size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
+    group = draw(st.sampled_from([0, 4, 8]))
+    blocks = draw(st.integers(1, 3))
+    inner = tp_size * blocks * (group or draw(st.sampled_from([1, 5, 7])))
+    hidden = draw(st.integers(1, 23))
+    n_experts, slots = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    physical = st.lists(st.integers(NO_EXPERT, n_experts - 1), min_size=slots * ep_size, max_size=slots * ep_size)
+    maps = {layer: draw(physical) for layer in (1, 4)}
+    return (
+        hidden,
+        inner,
+        group,
+        n_experts,
+        slots,
+        tp_size,
+        ep_size,
+        draw(st.sampled_from(["gate_first", "up_first"])),
+        maps,
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(deployments(), st.sampled_from([torch.bfloat16, FP8, torch.float32]))
+def test_every_rank_gets_what_indexing_gives(
+    deployment: tuple[int, int, int, int, int, int, int, str, dict[int, list[int]]], dtype: torch.dtype
+) -> None:
+    hidden, inner, group, n_experts, slots, tp_size, ep_size, layout, maps = deployment
+    model = per_expert((1, 4), n_experts, hidden, inner, dtype, group)
+    for ep_rank in range(ep_size):
+        for tp_rank in range(tp_size):
+            parameters = fused_parameters((1, 4), slots, hidden, inner // tp_size, dtype, group)
+            ranks = {"ep_rank": ep_rank, "ep_size": ep_size, "tp_rank": tp_rank, "tp_size": tp_size}
+            expected = load_by_indexing(parameters, model, maps, layout, (ep_rank, ep_size), (tp_rank, tp_size))
+            bound = Slots.fused(parameters, physical_to_logical=maps, layout=layout, **ranks)
+            plan = bound.plan(model.manifest)
+            model.fill(plan)
+            for name, tensor in parameters.items():
+                assert same(tensor, expected[name]), name
+            rows = plan.table(plan.keys).tolist()
+            flat = [(n, s, *c) for n, k in enumerate(plan.keys) for s, cs in enumerate(plan.copies(k)) for c in cs]
+            assert rows == flat
+
+
+def test_a_block_gathered_from_its_slot_is_the_block() -> None:
+    model = per_expert((0,), 3, 17, 9, torch.bfloat16, group=4)
+    plain = {n: noise(t.shape, t.dtype) for k in model.tensors for n, t in model.names(k).items()}
+    plan = Slots.plain(plain).plan(model.manifest)
+    model.fill(plan)
+    for key in plan.keys:
+        assert plan.is_whole(key)
+        back = bytearray(len(model.block(key)))
+        gather_copies(back, plan.copies(key)[0])
+        assert bytes(back) == model.block(key)
+
+
+def test_the_parts_of_all_tensor_parallel_ranks_make_the_block() -> None:
+    model = per_expert((2,), 2, 11, 12, torch.bfloat16)
+    back = {key: bytearray(len(model.block(key))) for key in model.tensors}
+    for rank in range(3):
+        parameters = fused_parameters((2,), 2, 11, 4, torch.bfloat16)
+        plan = Slots.fused(parameters, tp_rank=rank, tp_size=3).plan(model.manifest)
+        model.fill(plan)
+        for key in plan.keys:
+            assert not plan.is_whole(key)
+            gather_copies(back[key], plan.copies(key)[0])
+    assert {key: bytes(b) for key, b in back.items()} == {key: model.block(key) for key in model.tensors}
+
+
+def test_a_table_of_unlike_layers_is_in_the_order_asked_for() -> None:
+    wide, narrow = per_expert((0,), 3, 9, 6, torch.bfloat16), per_expert((1,), 3, 5, 4, FP8, group=4)
+    model = Model(wide.tensors | narrow.tensors)
+    parameters = fused_parameters((0,), 3, 9, 6, torch.bfloat16) | fused_parameters((1,), 3, 5, 4, FP8, group=4)
+    plan = Slots.fused(parameters).plan(model.manifest)
+    model.fill(plan)
+    keys = [ExpertKey(1, 2), ExpertKey(0, 1), ExpertKey(1, 0), ExpertKey(0, 2)]
+    expected = [(n, 0, *copy) for n, key in enumerate(keys) for copy in plan.copies(key)[0]]
+    assert plan.table(keys).tolist() == expected
+    assert len(plan.table([])) == 0
+    with pytest.raises(KeyError):
+        plan.table([ExpertKey(2, 0)])
+
+
+# -- shape of the instructions -------------------------------------------------------------------------------------
+
+
+def test_whole_experts_are_runs_and_gate_and_up_that_touch_are_one() -> None:
+    model = per_expert((0,), 2, 64, 32, torch.bfloat16)  # 4,096 bytes a tensor: no padding between them
+    plan = Slots.fused(fused_parameters((0,), 2, 64, 32, torch.bfloat16)).plan(model.manifest)
+    for key in plan.keys:
+        ((down, gate_up),) = plan.copies(key)
+        assert down.is_contiguous
+        assert down.nbytes == 4096
+        assert gate_up.is_contiguous
+        assert gate_up.nbytes == 8192
+
+
+def test_up_first_keeps_gate_and_up_apart() -> None:
+    model = per_expert((0,), 1, 64, 32, torch.bfloat16)
+    plan = Slots.fused(fused_parameters((0,), 1, 64, 32, torch.bfloat16), layout="up_first").plan(model.manifest)
+    assert [c.nbytes for c in plan.copies(ExpertKey(0, 0))[0]] == [4096, 4096, 4096]
+
+
+def test_columns_of_down_are_one_strided_copy() -> None:
+    model = per_expert((0,), 1, 33, 8, torch.bfloat16)
+    parameters = fused_parameters((0,), 1, 33, 4, torch.bfloat16)
+    slots = Slots.fused(parameters, tp_rank=1, tp_size=2)
+    (down, gate, up) = slots.plan(model.manifest).copies(ExpertKey(0, 0))[0]
+    assert (down.block_offset, down.rows, down.run_nbytes, down.block_pitch, down.address_pitch) == (8, 33, 8, 16, 8)
+    assert slots.tensors[down.tensor].name.endswith("w2_weight")
+    assert gate.is_contiguous
+    assert up.is_contiguous
+    assert gate.address == parameters[STEM.format(layer=0) + "w13_weight"].data_ptr()
+
+
+def test_a_redundant_expert_has_a_set_of_copies_for_each_slot() -> None:
+    model = per_expert((0,), 3, 5, 7, torch.bfloat16)
+    parameters = fused_parameters((0,), 3, 5, 7, torch.bfloat16)
+    maps = [[0, 1, 2, 1, 2, 1]]
+    plan = Slots.fused(parameters, physical_to_logical=maps, ep_rank=1, ep_size=2).plan(model.manifest)
+    assert plan.keys == (ExpertKey(0, 1), ExpertKey(0, 2))
+    first, sibling = plan.copies(ExpertKey(0, 1))
+    assert [c.block_offset for c in first] == [c.block_offset for c in sibling]
+    slot_nbytes = {0: 2 * 7 * 5 * 2, 1: 5 * 7 * 2}  # of w13 and w2: two slots lie between the two copies
+    assert [b.address - a.address for a, b in zip(first, sibling, strict=True)] == [
+        2 * slot_nbytes[c.tensor] for c in first
+    ]
+
+
+def test_a_slot_without_an_expert_is_left_alone() -> None:
+    model = per_expert((0,), 1, 5, 7, torch.bfloat16)
+    parameters = fused_parameters((0,), 2, 5, 7, torch.bfloat16)
+    before = {n: t.clone() for n, t in parameters.items()}
+    model.fill(Slots.fused(parameters, physical_to_logical={0: [0, NO_EXPERT]}).plan(model.manifest))
+    for name, tensor in parameters.items():
+        assert not same(tensor[0], before[name][0])
+        assert same(tensor[1], before[name][1])
+
+
+def test_padded_rows_keep_their_padding() -> None:
+    model = per_expert((0,), 2, 5, 7, torch.bfloat16)
+    stem = STEM.format(layer=0)
+    padded = noise((2, 14, 9), torch.bfloat16)
+    before = padded.clone()
+    parameters = {stem + "w13_weight": padded[:, :, :5], stem + "w2_weight": noise((2, 5, 7), torch.bfloat16)}
+    model.fill(Slots.fused(parameters).plan(model.manifest))
+    assert same(padded[:, :, 5:], before[:, :, 5:])
+    for expert in range(2):
+        named = model.tensors[ExpertKey(0, expert)]
+        expected = [named[STEM + "{expert}." + part + "_proj.weight"] for part in ("gate", "up")]
+        assert same(padded[expert, :, :5], torch.cat(expected))
+
+
+def test_names_that_are_no_expert_parameters_are_passed_over() -> None:
+    model = per_expert((0,), 2, 5, 7, torch.bfloat16)
+    parameters = fused_parameters((0,), 2, 5, 7, torch.bfloat16)
+    others = [
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.shared_experts.w13_weight",
+        "model.layers.0.mlp.gate.weight",
+    ]
+    slots = Slots.fused(parameters | {name: noise((3, 3), torch.float32) for name in others})
+    assert {t.name for t in slots.tensors} == set(parameters)
+    assert slots.plan(model.manifest).keys == slots.keys == tuple(sorted(model.tensors))
+
+
+def test_ranges_that_touch_are_registered_as_one() -> None:
+    memory = noise((3 * 14 * 5 + 3 * 5 * 7,), torch.bfloat16)
+    stem = STEM.format(layer=0)
+    w13, w2 = memory[: 3 * 14 * 5].view(3, 14, 5), memory[3 * 14 * 5 :].view(3, 5, 7)
+    (only,) = Slots.fused({stem + "w13_weight": w13, stem + "w2_weight": w2}).ranges
+    assert only == ("cpu", memory.data_ptr(), memory.nbytes)
+
+
+# -- per-expert and fused checkpoints -------------------------------------------------------------------------------
+
+
+def test_w1_w3_w2_are_gate_up_and_down() -> None:
+    stem = "model.layers.{layer}.block_sparse_moe.experts.{expert}."
+    model = per_expert(
+        (0,), 2, 5, 7, torch.bfloat16, names={"gate": stem + "w1", "up": stem + "w3", "down": stem + "w2"}
+    )
+    parameters = fused_parameters((0,), 2, 5, 7, torch.bfloat16)
+    model.fill(Slots.fused(parameters).plan(model.manifest))
+    w13, w2 = parameters.values()
+    for expert in range(2):
+        named = model.tensors[ExpertKey(0, expert)]
+        assert same(w13[expert], torch.cat([named[stem + "w1.weight"], named[stem + "w3.weight"]]))
+        assert same(w2[expert], named[stem + "w2.weight"])
+
+
+def fused_checkpoint(hidden: int, inner: int, n_experts: int = 3) -> Model:
+    shapes = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+    return Model({
+        ExpertKey(0, e): {f"{STEM}{n}[{{expert}}]": noise(s, torch.bfloat16) for n, s in shapes.items()}
+        for e in range(n_experts)
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["gate_first", "up_first"])
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_a_fused_checkpoint_fills_fused_parameters(layout: str, tp_size: int) -> None:
+    model = fused_checkpoint(5, 9)
+    for rank in range(tp_size):
+        parameters = fused_parameters((0,), 3, 5, 9 // tp_size, torch.bfloat16)
+        model.fill(Slots.fused(parameters, layout=layout, tp_rank=rank, tp_size=tp_size).plan(model.manifest))
+        w13, w2 = parameters.values()
+        for expert in range(3):
+            gate_up, down = model.tensors[ExpertKey(0, expert)].values()
+            halves = [half.chunk(tp_size)[rank] for half in gate_up.chunk(2)]
+            assert same(w13[expert], torch.cat(halves if layout == "gate_first" else halves[::-1]))
+            assert same(w2[expert], down.chunk(tp_size, 1)[rank])
+
+
+def test_stacked_parameters_take_a_fused_checkpoint_as_it_is_even_transposed_and_interleaved() -> None:
+    shapes = {"gate_up_proj": (6, 10), "gate_up_proj_bias": (10,), "down_proj": (5, 6), "down_proj_bias": (6,)}
+    model = Model({
+        ExpertKey(1, e): {f"{STEM}{n}[{{expert}}]": noise(s, torch.bfloat16) for n, s in shapes.items()}
+        for e in range(3)
+    })  # fmt: skip
+    parameters = {STEM.format(layer=1) + n: noise((3, *s), torch.bfloat16) for n, s in shapes.items()}
+    model.fill(Slots.stacked(parameters).plan(model.manifest))
+    for name, tensor in parameters.items():
+        for expert in range(3):
+            expected = model.tensors[ExpertKey(1, expert)][name.replace("layers.1", "layers.{layer}") + "[{expert}]"]
+            assert same(tensor[expert], expected)
+
+
+def test_interleaved_biases_and_packed_rows_are_not_split() -> None:
+    model = fused_checkpoint(5, 9, n_experts=1)
+    for key in model.tensors:
+        model.tensors[key][STEM + "gate_up_proj_bias[{expert}]"] = noise((18,), torch.bfloat16)
+    model = Model(model.tensors)
+    parameters = fused_parameters((0,), 1, 5, 9, torch.bfloat16)
+    parameters[STEM.format(layer=0) + "w13_weight_bias"] = noise((1, 18), torch.bfloat16)
+    with pytest.raises(SlotMismatch, match=r"gate_up_proj_bias\[0\] has no home"):
+        Slots.fused(parameters).plan(model.manifest)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_plain_tensors_are_filled_whole_or_in_part(tp_size: int) -> None:
+    model = per_expert((0, 3), 2, 10, 8, FP8, group=2)
+    for rank in range(tp_size):
+        named = {n: t for key in model.tensors for n, t in model.names(key).items()}
+        expected = {n: t.chunk(tp_size, 1 if "down" in n else 0)[rank] for n, t in named.items()}
+        mine = {n: noise(t.shape, t.dtype) for n, t in expected.items()}
+        model.fill(Slots.plain(mine, tp_rank=rank, tp_size=tp_size).plan(model.manifest))
+        assert all(same(mine[n], expected[n]) for n in mine)
+
+
+def test_scalar_scales_go_to_one_number_a_slot() -> None:
+    model = per_expert((0,), 2, 5, 7, FP8)
+    for named in model.tensors.values():
+        for part in PARTS:
+            named[STEM + "{expert}." + f"{part}_proj.weight_scale"] = noise((1,), torch.float32).reshape(())
+    model = Model(model.tensors)
+    parameters = fused_parameters((0,), 2, 5, 7, FP8)
+    w13 = parameters[STEM.format(layer=0) + "w13_weight_scale"] = noise((2, 2), torch.float32)
+    w2 = parameters[STEM.format(layer=0) + "w2_weight_scale"] = noise((2,), torch.float32)
+    model.fill(Slots.fused(parameters).plan(model.manifest))
+    for expert in range(2):
+        scales = [model.tensors[ExpertKey(0, expert)][STEM + "{expert}." + f"{p}_proj.weight_scale"] for p in PARTS]
+        assert same(torch.cat([w13[expert], w2[expert : expert + 1]]), torch.stack(scales))
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refused(parameters: Mapping[str, torch.Tensor], model: Model, match: str, **options: int | str) -> None:
+    before = {n: t.clone() for n, t in parameters.items()}
+    with pytest.raises(SlotMismatch, match=match):
+        Slots.fused(parameters, **options).plan(model.manifest)  # type: ignore[arg-type]
+    assert all(same(t, before[n]) for n, t in parameters.items())
+
+
+def pair(w13: torch.Tensor, w2: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {STEM.format(layer=0) + "w13_weight": w13, STEM.format(layer=0) + "w2_weight": w2}
+
+
+def test_another_dtype_is_refused_not_converted() -> None:
+    model = per_expert((0,), 2, 5, 7, torch.bfloat16)
+    refused(fused_parameters((0,), 2, 5, 7, torch.float16), model, "is BF16 in the checkpoint, F16 in the engine")
+    refused(fused_parameters((0,), 2, 5, 7, torch.float32), model, "does not convert")
+
+
+def test_another_shape_is_refused() -> None:
+    model = per_expert((0,), 2, 5, 7, torch.bfloat16)
+    refused(fused_parameters((0,), 2, 6, 7, torch.bfloat16), model, r"is \[5, 7\] in the checkpoint, and \[6, 7\]")
+    refused(fused_parameters((0,), 2, 5, 8, torch.bfloat16), model, "in the checkpoint, and")
+
+
+def test_kernels_that_hold_weights_transposed_are_refused_even_where_square() -> None:
+    model = per_expert((0,), 2, 14, 7, torch.bfloat16)  # 2·I = H: w13 transposed has the same shape
+    refused(pair(noise((2, 14, 14), torch.bfloat16), noise((2, 7, 14), torch.bfloat16)), model, "transposed")
+    stacked = {
+        STEM.format(layer=0) + "gate_up_proj": noise((2, 14, 14), torch.bfloat16),
+        STEM.format(layer=0) + "down_proj": noise((2, 7, 14), torch.bfloat16),
+    }
+    with pytest.raises(SlotMismatch, match=r"down_proj.weight is \[14, 7\] in the checkpoint, and \[7, 14\]"):
+        Slots.stacked(stacked).plan(model.manifest)
+
+
+def test_transposed_on_both_sides_has_no_halves_to_order() -> None:
+    shapes = {"gate_up_proj": (6, 10), "down_proj": (5, 6)}
+    named = {f"{STEM}{n}[{{expert}}]": noise(s, torch.bfloat16) for n, s in shapes.items()}
+    model = Model({ExpertKey(0, 0): named})
+    transposed = pair(noise((1, 6, 10), torch.bfloat16), noise((1, 5, 6), torch.bfloat16))
+    refused(transposed, model, r"not \[slots, 2·I, H\]", layout="up_first")
+
+
+def test_a_transposed_view_is_refused() -> None:
+    model = per_expert((0,), 2, 5, 7, torch.bfloat16)
+    refused(
+        pair(noise((2, 5, 14), torch.bfloat16).mT, noise((2, 5, 7), torch.bfloat16)), model, "transposed or shuffled"
+    )
+    refused(pair(noise((14, 2, 5), torch.bfloat16).transpose(0, 1), noise((2, 5, 7), torch.bfloat16)), model, "strides")
+
+
+@pytest.mark.parametrize("mark", ["is_shuffled", "format_ue8m0", "_xpu_weights_transposed"])
+def test_a_parameter_marked_as_rewritten_is_refused(mark: str) -> None:
+    model = per_expert((0,), 2, 5, 7, torch.bfloat16)
+    parameters = fused_parameters((0,), 2, 5, 7, torch.bfloat16)
+    setattr(next(iter(parameters.values())), mark, True)
+    refused(parameters, model, "rewritten after loading")
+
+
+def test_scales_packed_as_integers_are_refused() -> None:
+    model = per_expert((0,), 2, 8, 8, FP8, group=4)
+    parameters = fused_parameters((0,), 2, 8, 8, FP8, group=4)
+    name = STEM.format(layer=0) + "w13_weight_scale_inv"
+    parameters[name] = noise((2, 4, 2), torch.int32)
+    refused(parameters, model, "is F32 in the checkpoint, I32 in the engine")
+
+
+def test_weights_in_blocks_are_refused() -> None:
+    model = per_expert((0,), 2, 8, 8, torch.bfloat16)
+    refused(
+        pair(noise((2, 4, 16, 2), torch.bfloat16), noise((2, 4, 8, 2), torch.bfloat16)), model, r"not \[slots, 2·I, H\]"
+    )
+
+
+@pytest.mark.parametrize("layout", ["marlin", "flashinfer_trtllm", "plain", ""])
+def test_a_layout_that_is_not_known_to_be_plain_is_refused_with_a_reason(layout: str) -> None:
+    with pytest.raises(SlotMismatch, match=f"layout '{layout}': .*gate_first"):
+        Slots.fused(fused_parameters((0,), 2, 5, 7, torch.bfloat16), layout=layout)
+
+
+def test_a_scale_that_the_engine_made_itself_is_refused() -> None:
+    model = per_expert((0,), 2, 8, 8, FP8)
+    refused(fused_parameters((0,), 2, 8, 8, FP8, group=4), model, "the engine made the rest itself")
+
+
+def test_a_tensor_of_the_block_without_a_home_is_refused() -> None:
+    model = per_expert((0,), 2, 8, 8, FP8, group=4)
+    refused(fused_parameters((0,), 2, 8, 8, FP8), model, "weight_scale_inv has no home")
+
+
+@pytest.mark.parametrize(("inner", "tp_size"), [(12, 2), (14, 2), (16, 3)])
+def test_a_cut_inside_a_group_of_scales_is_refused(inner: int, tp_size: int) -> None:
+    model = per_expert((0,), 1, 8, inner, FP8, group=8)
+    refused(fused_parameters((0,), 1, 8, inner // tp_size, FP8, group=8), model, "divide", tp_size=tp_size)
+
+
+def test_an_intermediate_size_that_does_not_divide_is_refused() -> None:
+    model = per_expert((0,), 1, 8, 7, torch.bfloat16)
+    refused(fused_parameters((0,), 1, 8, 4, torch.bfloat16), model, "does not divide among 2 ranks", tp_size=2)
+
+
+def test_whole_parameters_bound_as_parts_are_refused() -> None:
+    model = per_expert((0,), 1, 8, 6, torch.bfloat16)
+    refused(fused_parameters((0,), 1, 8, 6, torch.bfloat16), model, "of which this rank holds", tp_size=2)
+
+
+def test_a_layer_or_expert_that_the_model_has_not_is_refused() -> None:
+    model = per_expert((0,), 2, 5, 7, torch.bfloat16)
+    refused(fused_parameters((0, 1), 2, 5, 7, torch.bfloat16), model, "no expert 0 in layer 1")
+    refused(fused_parameters((0,), 3, 5, 7, torch.bfloat16), model, "no expert 2 in layer 0")
+
+
+def test_parameters_that_overlap_are_refused() -> None:
+    memory = noise((2 * 14 * 5 + 2 * 5 * 7,), torch.bfloat16)
+    w13, w2 = memory[: 2 * 14 * 5].view(2, 14, 5), memory[2 * 14 * 5 - 1 : -1].view(2, 5, 7)
+    with pytest.raises(SlotMismatch, match="overlap in memory"):
+        Slots.fused(pair(w13, w2))
+
+
+def test_parameters_whose_slots_differ_in_number_are_refused() -> None:
+    with pytest.raises(SlotMismatch, match="first axes differ"):
+        Slots.fused(pair(noise((2, 14, 5), torch.bfloat16), noise((3, 5, 7), torch.bfloat16)))
+
+
+def test_a_layer_with_half_its_parameters_is_refused() -> None:
+    w13 = {STEM.format(layer=0) + "w13_weight": noise((2, 14, 5), torch.bfloat16)}
+    with pytest.raises(SlotMismatch, match="both w13 and w2 belong"):
+        Slots.fused(w13)
+
+
+def test_parameters_without_memory_are_refused() -> None:
+    with pytest.raises(SlotMismatch, match="no memory of its own"):
+        Slots.fused({n: t.to("meta") for n, t in fused_parameters((0,), 2, 5, 7, torch.bfloat16).items()})
+
+
+def test_a_model_without_expert_parameters_says_what_was_seen() -> None:
+    with pytest.raises(InvalidInput, match=r"seen were lm_head.weight"):
+        Slots.fused({"lm_head.weight": noise((2, 2), torch.bfloat16)})
+    with pytest.raises(InvalidInput, match="no tensors"):
+        Slots.plain({})
+
+
+@pytest.mark.parametrize(
+    ("maps", "match"),
+    [
+        ({0: [0, 1, 0]}, "has 3 experts, and 2 ranks of 2 slots hold 4"),
+        ({1: [0, 1, 0, 1]}, "has no layer 0"),
+        ([], "has no layer 0"),
+        ({0: [0, 1, -2, 1]}, "has -2"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(maps: Mapping[int, list[int]], match: str) -> None:
+    with pytest.raises(InvalidInput, match=match):
+        Slots.fused(fused_parameters((0,), 2, 5, 7, torch.bfloat16), physical_to_logical=maps, ep_size=2)
+
+
+@pytest.mark.parametrize("ranks", [{"ep_rank": 2, "ep_size": 2}, {"tp_rank": -1}, {"tp_size": 0}])
+def test_ranks_out_of_range_are_refused(ranks: dict[str, int]) -> None:
+    with pytest.raises(InvalidInput, match="ranks count from 0"):
+        Slots.fused(fused_parameters((0,), 2, 5, 7, torch.bfloat16), **ranks)
+
+
+def test_plain_tensors_must_be_exactly_the_blocks() -> None:
+    model = per_expert((0,), 1, 5, 7, torch.bfloat16)
+    mine = model.names(ExpertKey(0, 0))
+    gate = next(n for n in mine if "gate" in n)
+    with pytest.raises(SlotMismatch, match=r"gate_proj.weight is not bound"):
+        Slots.plain({n: t for n, t in mine.items() if n != gate}).plan(model.manifest)
+    with pytest.raises(SlotMismatch, match="is not in the checkpoint"):
+        Slots.plain({"other." + n: t for n, t in mine.items()}).plan(model.manifest)
+    with pytest.raises(SlotMismatch, match="not the tensor of one expert"):
+        Slots.plain({"model.layers.0.mlp.shared_experts.gate_proj.weight": mine[gate]})
+    with pytest.raises(SlotMismatch, match="are the same tensor"):
+        Slots.plain(mine | {"other." + gate: mine[gate].clone()})
+
+
+def test_a_projection_of_unknown_name_is_refused() -> None:
+    name = STEM + "{expert}.linear_v.weight"
+    model = Model({ExpertKey(0, 0): {name: noise((5, 7), torch.bfloat16)}})
+    refused(fused_parameters((0,), 1, 5, 7, torch.bfloat16), model, "linear_v.weight is not a gate, up or down")
+
+
+def test_importing_slots_does_not_import_torch() -> None:
+    code = "import sys, transfer.slots; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,79 @@
+"""Slots that are bound to a model: checked against its manifest, with the memory they lie in and a ring beside it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from shm.manifest import Manifest
+from transfer.slots import Slots
+from transfer.slots.host import HostSlots, SlotMemory
+from transfer.slots.layouts import SlotMismatch
+from transfer.slots.staging import Staging
+from transfer.slots.table import SlotTable
+
+if TYPE_CHECKING:
+    from transfer.cuda.checksum import DeviceChecksums
+    from transfer.cuda.driver import Cuda
+
+CPU = "cpu"
+
+_log = logging.getLogger("hotspare.restorer")
+
+
+def device_of(slots: Slots) -> str:
+    """The one device that all slots are on. Raises SlotMismatch for several, and for one not of CPU or CUDA."""
+    devices = sorted({tensor.device for tensor in slots.tensors})
+    if len(devices) > 1:
+        raise SlotMismatch(f"slots on {' and '.join(devices)}: bind those of each device to a Restorer of their own")
+    if devices[0] != CPU and not devices[0].startswith("cuda"):
+        raise SlotMismatch(f"slots on {devices[0]}: only CPU and CUDA memory can be filled; reload from disk")
+    return devices[0]
+
+
+def check_not_moved(slots: Slots) -> None:
+    """Raises SlotMismatch if a parameter has been given other memory since it was described."""
+    for tensor in slots.tensors:
+        if tensor.tensor.data_ptr() != tensor.address:
+            raise SlotMismatch(
+                f"{tensor.name} has moved in memory since it was bound: describe the slots and bind again"
+            )
+
+
+def _checksums_on(table: SlotTable, cuda: Cuda) -> DeviceChecksums | None:
+    """None where the device cannot take them: the processor does then."""
+    from transfer.cuda.checksum import DeviceChecksums, can_take
+    from transfer.cuda.driver import DeviceFailed
+
+    try:
+        return DeviceChecksums(table, cuda) if can_take(table) else None
+    except DeviceFailed as error:
+        _log.warning("the processor takes the checksums of GPU slots, which is slower: %s", error)
+        return None
+
+
+class BoundSlots:
+    """A rank's slots for one manifest. Raises SlotMismatch where they do not fit, before a byte moves."""
+
+    def __init__(self, slots: Slots, manifest: Manifest) -> None:
+        self.slots = slots
+        self.manifest = manifest
+        self.table = SlotTable(slots.plan(manifest), manifest)
+        self.device = device_of(slots)
+        nbytes = manifest.nbytes[self.table.rows]
+        sizes = int(nbytes.max()), int(nbytes.sum())
+        self.memory: SlotMemory
+        if self.device == CPU:
+            self.staging = Staging(*sizes)
+            self.memory = HostSlots(self.table)
+        else:
+            from transfer.cuda.driver import Cuda
+            from transfer.cuda.slots import DeviceSlots
+
+            cuda = Cuda(self.device)
+            self.staging = Staging(*sizes, cuda.allocate)
+            self.memory = DeviceSlots(self.table, cuda, self.staging, _checksums_on(self.table, cuda))
+
+    def close(self, *, is_engine_gone: bool) -> None:
+        """Give the ring back."""
+        self.staging.close(is_engine_gone=is_engine_gone)

@@ -1,0 +1,271 @@
+"""An engine's side: refill its expert slots in place, from the nearest memory that has them.
+
+The ladder, for each expert: the attached segment of this host, needing no daemon; the least loaded replica in another
+node's memory; the next replica; the checkpoint on disk. What could not be had is listed in the report.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shm.attachment import Attachment
+from shm.block import ExpertKey
+from shm.errors import HotspareError, InvalidInput
+from shm.manifest import Manifest
+from transfer.client.bound_slots import CPU, BoundSlots, check_not_moved, device_of
+from transfer.client.control_plane import ControlPlane
+from transfer.client.engine_lease import EngineLease
+from transfer.client.ladder import Ladder
+from transfer.client.last_resort import LastResort
+from transfer.client.local_segment import LocalSegment
+from transfer.client.report import FailedExpert, Progress, SlotReport, Tally
+from transfer.client.whereabouts import URLS_ASKED_MAX, Search
+from transfer.slots import Slots
+
+PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
+
+_log = logging.getLogger("hotspare.restorer")
+
+
+class Restorer:
+    """Fills the slots of one rank. Thread-safe: one restore at a time, the others wait.
+
+        restorer = Restorer("http://127.0.0.1:8470")
+        restorer.bind(Slots.fused(dict(model.named_parameters()), ep_rank=3, ep_size=8))
+        report = restorer.restore()
+
+    No restore raises for what a node, a segment, a peer or a disk does: what is missing is in the report.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        model: str | None = None,
+        namespace: str = "default",
+        node: str | None = None,
+        checkpoint: str | Path | None = None,
+        engine: Any = None,
+        engine_host: str | None = None,
+        transport: str = "tcp",
+        straight: bool | None = None,
+    ) -> None:
+        """`url` is this host's node, which need not be up yet: it says what `model`, `namespace` and `node` are; give
+        them where restores must work before it was ever seen alive. `checkpoint` is the directory of last resort.
+
+        `engine` is a transfer engine that this process has already: Mooncake's, or ours; without one a MooncakeEngine
+        is started at the first `bind`, reachable at `engine_host`, over `transport`. `straight` is whether peers' bytes
+        go straight into slots, and not through host buffers: by default only into CPU slots, and with an engine of our
+        own, which is thrown away when a peer timed out, so that nothing can arrive in a slot later.
+        """
+        self._control = ControlPlane(url, token)
+        self._model, self._namespace, self._node = model, namespace, node
+        self._disk = LastResort(checkpoint)
+        self._lease = EngineLease(engine, engine_host, transport, self._control.address)
+        self._straight = straight
+        self._segment = LocalSegment()
+        self._slots: Slots | None = None
+        self._bound: BoundSlots | None = None
+        self._lock = threading.RLock()
+
+    # -- binding ---------------------------------------------------------------------------------------------
+
+    def bind(self, slots: Slots) -> None:
+        """Take these slots for the rank's, in place of any others: whatever can be done before a failure is done now.
+
+        The manifest is compared, the slots are registered with the engine, this host's segment is attached and, for
+        slots in GPU memory, page-locked (about 0.05 s a GB), and host buffers are made. Raises SlotMismatch for slots
+        that the model's blocks do not fit; a node that cannot be reached yet is no error.
+        """
+        with self._lock:
+            device_of(slots)
+            check_not_moved(slots)
+            self._release()
+            self._slots = slots
+            tally = Tally()
+            self._ask_node(tally)
+            try:
+                bound = self._prepare(tally)
+            except BaseException:
+                self._release()
+                raise
+            self._open_engine(tally)
+            if bound is not None and bound.device != CPU and not self._is_straight:
+                tally.attempt(bound.staging.prepare, self._lease.engine)
+            for note in tally.notes:
+                _log.info("bound, but: %s", note)
+
+    @property
+    def session_id(self) -> str | None:
+        """What peers call this process's engine; None before `bind`, or where no engine could be started."""
+        return None if self._lease.engine is None else self._lease.engine.session_id
+
+    def close(self) -> None:
+        """Let slots, segment and engine go. A caller's engine goes on; memory registered with it is unregistered."""
+        with self._lock:
+            self._release()
+            self._segment.close()
+            self._lease.drop()
+            self._control.close()
+
+    def __enter__(self) -> Restorer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _release(self) -> None:
+        bound, self._bound = self._bound, None
+        if bound is not None:
+            bound.close(is_engine_gone=False)
+        self._lease.unregister()
+        self._slots = None
+
+    @property
+    def _is_straight(self) -> bool:
+        """Whether peers' bytes may go straight into slots; see `__init__`."""
+        assert self._slots is not None
+        if self._straight is None:
+            return self._lease.is_ours and device_of(self._slots) == CPU
+        return self._straight
+
+    def _open_engine(self, tally: Tally) -> None:
+        """Start the engine if it is ours to start, and open the slots to it. Notes what fails."""
+        assert self._slots is not None
+        tally.attempt(self._lease.start)
+        if device_of(self._slots) == CPU or self._is_straight:
+            tally.attempt(self._lease.register, [(r.address, r.nbytes) for r in self._slots.ranges])
+
+    # -- restoring -------------------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        experts: Iterable[tuple[int, int]] | None = None,
+        *,
+        predicate: Callable[[str], bool] | None = None,
+        progress: Progress | None = None,
+    ) -> SlotReport:
+        """Fill the slots of these (layer, expert), of those with a tensor whose checkpoint name the predicate wants,
+        or of all. Whole experts are brought, each once, and copied to every slot that holds them.
+
+        `progress` is called with a SlotReport now and then, from any thread, and at the end. Nothing in flight may
+        use the slots meanwhile. Raises SlotMismatch, before a byte moves, if a parameter has moved or the model's
+        blocks do not fit; InvalidInput for an expert without a slot here, or before `bind`.
+        """
+        with self._lock:
+            if self._slots is None:
+                raise InvalidInput("no slots are bound: call bind(slots) first")
+            check_not_moved(self._slots)
+            asked = None if experts is None else sorted({ExpertKey(*key) for key in experts})
+            if strangers := set(asked or ()) - set(self._slots.keys):
+                layer, expert = min(strangers)
+                raise InvalidInput(f"expert {expert} of layer {layer} has no slot on this rank: ask for those it holds")
+            return self._restore(self._slots, asked, predicate, progress)
+
+    def _restore(
+        self,
+        slots: Slots,
+        asked: Sequence[ExpertKey] | None,
+        predicate: Callable[[str], bool] | None,
+        progress: Progress | None,
+    ) -> SlotReport:
+        tally = Tally(progress)
+        bound = self._prepare(tally)
+        if bound is None:
+            keys = slots.keys if asked is None else asked
+            tally.expect(len(keys), 0)
+            return tally.finish(self._failures({key: ["the model's manifest could not be had"] for key in keys}))
+        rows = bound.table.rows if asked is None else [bound.manifest.index(*key) for key in asked]
+        if predicate is not None:
+            rows = [row for row in rows if any(map(predicate, bound.manifest.tensor_names(row)))]
+        tally.expect(len(rows), int(bound.manifest.nbytes[rows].sum()))
+        ladder = Ladder(bound, rows, tally)
+        self._climb(ladder, bound, tally)
+        missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
+        return tally.finish(self._failures(missing))
+
+    def _climb(self, ladder: Ladder, bound: BoundSlots, tally: Tally) -> None:
+        attachment = self._segment.attachment
+        is_same = attachment is not None and attachment.manifest == bound.manifest
+        held = self._segment.held(ladder.missing) if is_same else {}
+        bound.memory.follow()
+        if attachment is not None:
+            ladder.climb_local(attachment, held)
+        for attempt in range(PEER_PASSES_MAX):
+            if not ladder.missing:
+                break
+            search = Search(
+                self._control, bound.manifest, own=self._node, bad=held, tried=ladder.tried, note=tally.note
+            )
+            found = search.run(ladder.missing)
+            self._open_engine(tally)
+            checkpoint = partial(self._disk.of, bound.manifest) if attempt == 0 and self._disk.is_given else None
+            is_straight = self._is_straight and self._lease.has_registered
+            if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
+                break
+        if ladder.has_timed_out and self._lease.drop():
+            bound.close(is_engine_gone=True)
+            self._bound = None
+
+    def _failures(self, missing: Mapping[ExpertKey, Sequence[str]]) -> tuple[FailedExpert, ...]:
+        assert self._slots is not None
+        nobody = "no source that could be reached has it"
+        return tuple(
+            FailedExpert(key, self._slots.refs(key), "; ".join(reasons) or nobody) for key, reasons in missing.items()
+        )
+
+    # -- finding things out ----------------------------------------------------------------------------------
+
+    def _prepare(self, tally: Tally) -> BoundSlots | None:
+        """Attach, and compare the slots with the manifest if that is new; None while no manifest can be had."""
+        assert self._slots is not None
+        if self._model is None:
+            self._ask_node(tally)
+        attachment = self._attach(tally)
+        manifest = attachment.manifest if attachment is not None else self._bound.manifest if self._bound else None
+        if manifest is None and (manifest := self._fetch_manifest(tally)) is None:
+            return None
+        if self._bound is not None and (self._bound.manifest != manifest or self._bound.staging.is_spent):
+            self._bound.close(is_engine_gone=False)
+            self._bound = None
+        if self._bound is None:
+            self._bound = BoundSlots(self._slots, manifest)
+        if attachment is not None and self._bound.device != CPU:
+            tally.attempt(attachment.pin)
+        return self._bound
+
+    def _ask_node(self, tally: Tally) -> None:
+        """Learn from this host's node what it is, and which others there are."""
+        url = self._control.urls[0]
+        try:
+            document = self._control.node(url)
+            self._control.learn(url)
+            if self._model in (None, document["model"]):
+                self._model, self._namespace, self._node = (
+                    str(document[name]) for name in ("model", "namespace", "node_id")
+                )
+            else:
+                tally.note(f"{url} serves {document['model']}, not {self._model}")
+        except (HotspareError, KeyError) as error:
+            tally.note(
+                str(error) if isinstance(error, HotspareError) else f"{url} does not answer like a Hotspare node"
+            )
+
+    def _attach(self, tally: Tally) -> Attachment | None:
+        if self._model is None:
+            tally.note("no segment was looked for: the node never answered, and no model was named")
+            return None
+        return tally.attempt(self._segment.open, self._model, self._namespace, self._node)
+
+    def _fetch_manifest(self, tally: Tally) -> Manifest | None:
+        for url in self._control.urls[:URLS_ASKED_MAX]:
+            if (manifest := tally.attempt(self._control.manifest, url)) is not None:
+                return manifest
+        checkpoint = tally.attempt(self._disk.named, self._model)
+        return None if checkpoint is None else checkpoint.manifest
