@@ -35,6 +35,8 @@ from shm.manifest import Manifest
 if TYPE_CHECKING:
     import torch
 
+    from shm.pinning import PageLock
+
 VERIFY_LOOKS = 2
 VERIFY_THREADS_MAX = 16  # xxh3 reaches the memory's speed before that
 
@@ -118,7 +120,7 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         # torch keeps this object, and with it the mapping, for as long as a tensor lives.
         self._bytes = (ctypes.c_ubyte * header.total_nbytes).from_address(self._address)
         self._bytes.mapping = mapping  # type: ignore[attr-defined]
-        self._pinned: list[int] = []
+        self._page_lock: PageLock | None = None
         self._closed = False
 
     # -- what is here ----------------------------------------------------------------------------------------
@@ -260,20 +262,21 @@ class Attachment(Mapping[str, "torch.Tensor"]):
                 return False
         return self.holds(row)
 
-    def pin(self) -> None:
-        """Page-lock the mapping for CUDA, read-only and in pieces; undone by `close`. Once is enough.
+    def pin(self, device: str | int | None = None) -> None:
+        """Page-lock the mapping for CUDA, read-only and in pieces; undone by `close`. Once is enough, for all devices.
 
-        Takes about 0.05 s a GB, and makes copies to the device run at bus speed. Raises SegmentError without CUDA.
+        Takes about 0.05 s a GB, and makes copies to the device run at bus speed. `device` is the one that does it, by
+        default the calling thread's current one. Raises SegmentError without CUDA.
         """
-        from shm.pinning import pin
+        from shm.pinning import PageLock
 
         self._check_open()
-        if not self._pinned:
-            self._pinned = pin(self._address, self._header.total_nbytes)
+        if self._page_lock is None:
+            self._page_lock = PageLock(self._address, self._header.total_nbytes, device)
 
     @property
     def pinned(self) -> bool:
-        return bool(self._pinned)
+        return self._page_lock is not None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -281,11 +284,9 @@ class Attachment(Mapping[str, "torch.Tensor"]):
 
     def close(self) -> None:
         """Undo `pin` and let the mapping go; tensors handed out stay valid. Harmless when repeated."""
-        if self._pinned:
-            from shm.pinning import unpin
-
-            unpin(self._pinned)
-            self._pinned = []
+        if self._page_lock is not None:
+            self._page_lock.release()
+            self._page_lock = None
         if not self._closed:  # the manifest's tables lie in the mapping
             rows, ranges = self.manifest.rows.copy(), self.manifest.ranges.copy()
             self.manifest = replace(self.manifest, rows=rows, ranges=ranges)

@@ -8,6 +8,7 @@ import re
 import signal
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -606,7 +607,7 @@ def test_pinning_covers_the_mapping_once_in_pieces_and_closing_undoes_it(
 ) -> None:
     sealed()
     cudart = FakeCudart()
-    monkeypatch.setattr("shm.pinning._cudart", lambda: cudart)
+    monkeypatch.setattr("shm.pinning._cudart", lambda device: nullcontext((cudart, 0)))
     monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 3 * 4096)
     weights = attach("tiny", namespace=namespace)
     weights.pin()
@@ -625,7 +626,7 @@ def test_a_failed_pinning_leaves_nothing_pinned_and_says_what_to_raise(
 ) -> None:
     sealed()
     cudart = FakeCudart(fails_at=2)
-    monkeypatch.setattr("shm.pinning._cudart", lambda: cudart)
+    monkeypatch.setattr("shm.pinning._cudart", lambda device: nullcontext((cudart, 0)))
     monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 3 * 4096)
     with attach("tiny", namespace=namespace) as weights:
         with pytest.raises(SegmentError, match=r"gave error 2: raise the memory-lock limit"):

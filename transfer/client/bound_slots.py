@@ -72,7 +72,8 @@ class BoundSlots:
 
             cuda = Cuda(self.device)
             self.staging = Staging(*sizes, cuda.allocate)
-            self.memory = DeviceSlots(self.table, cuda, self.staging, _checksums_on(self.table, cuda))
+            with cuda.current():
+                self.memory = DeviceSlots(self.table, cuda, self.staging, _checksums_on(self.table, cuda))
 
     def close(self, *, is_engine_gone: bool) -> None:
         """Give the ring back."""

@@ -237,7 +237,7 @@ class Restorer:
         if self._bound is None:
             self._bound = BoundSlots(self._slots, manifest)
         if attachment is not None and self._bound.device != CPU:
-            tally.attempt(attachment.pin)
+            tally.attempt(attachment.pin, self._bound.device)
         return self._bound
 
     def _ask_node(self, tally: Tally) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -73,7 +74,7 @@ class Stream:
 
 
 class Cuda:
-    """One device's copies, all of them asynchronous. Every method raises DeviceFailed."""
+    """One device's copies, all of them asynchronous, in a block of `current`. Every method raises DeviceFailed."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -85,11 +86,7 @@ class Cuda:
             self._driver = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise DeviceFailed(f"the CUDA driver's library cannot be loaded: {error}") from error
-        with torch.cuda.device(device):
-            torch.empty(1, device=device)  # makes the context, if this is the first use
-            torch.cuda.synchronize(device)
-            self._context = ctypes.c_void_p()
-            self.call("cuCtxGetCurrent", ctypes.byref(self._context))
+        torch.cuda.synchronize(device)  # makes the context, if this is the first use
 
     @property
     def architecture(self) -> str:
@@ -101,9 +98,14 @@ class Cuda:
     def open_stream(self) -> Stream:
         return Stream(self.device)
 
-    def enter(self) -> None:
-        """Make the device's context the calling thread's; before the first call of a thread."""
-        self.call("cuCtxSetCurrent", self._context)
+    def current(self) -> AbstractContextManager[None]:
+        """While entered, the device is the calling thread's, as `call` and what is built on it need.
+
+        After that the thread's own is current again: it may be an engine's, which works on another device.
+        """
+        import torch
+
+        return torch.cuda.device(self.device)
 
     def allocate(self, nbytes: int) -> tuple[int, Any]:
         """Page-locked host memory: its address, and what keeps it alive."""

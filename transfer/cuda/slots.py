@@ -115,13 +115,13 @@ class DeviceSlots:
     @contextmanager
     def _lane(self) -> Iterator[Lane]:
         """One of the lanes; what is queued on it in the block is done when the block ends, also when it fails."""
-        self._cuda.enter()
         try:
             lane = self._free.get(timeout=LANE_WAIT_S_MAX)
         except queue.Empty:
             raise TransferFailed(f"the device took no more copies for {LANE_WAIT_S_MAX:.0f} s") from None
         try:
-            yield lane
+            with self._cuda.current():
+                yield lane
         finally:
             try:
                 lane.stream.wait()

@@ -15,17 +15,18 @@ import xxhash
 from shm.block import ExpertKey, TensorEntry
 from shm.checksum import checksum
 from shm.manifest import FileSpec, Manifest
+from transfer.client.bound_slots import BoundSlots
 from transfer.cuda import checksum as device_checksum
 from transfer.cuda import kernels
-from transfer.cuda.checksum import DeviceChecksums, can_take, source
+from transfer.cuda.checksum import can_take, source
 from transfer.cuda.driver import Cuda, DeviceFailed
 from transfer.cuda.slots import DeviceSlots
 from transfer.slots import Slots
 from transfer.slots.host import UNEQUAL
-from transfer.slots.staging import Staging
 from transfer.slots.table import SlotTable
 
-DEVICE = "cuda:0"
+# Where there are several, one that is not current, as for most ranks of a host.
+DEVICE = f"cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
 EXPERTS = 7
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -53,15 +54,14 @@ class Rank:
             ),
         }
         described = Slots.fused(self.held, physical_to_logical={1: self.placement})
-        self.table = SlotTable(described.plan(self.manifest), self.manifest)
-        assert can_take(self.table)
-        self.cuda = Cuda(DEVICE)
-        self.checksums = DeviceChecksums(self.table, self.cuda)
-        staging = Staging(int(self.manifest.nbytes.max()), int(self.manifest.nbytes.sum()), self.cuda.allocate)
-        self.memory = DeviceSlots(self.table, self.cuda, staging, self.checksums)
+        torch.zeros(1, device="cuda:0")  # an engine may have worked on another device, which is current then
+        self.bound = BoundSlots(described, self.manifest)
+        assert can_take(self.bound.table)
+        assert isinstance(self.bound.memory, DeviceSlots)
+        self.memory = self.bound.memory
         size = int(self.manifest.nbytes[0])
         step = -(-size // 64) * 64
-        address, self.alive = self.cuda.allocate(step * EXPERTS)
+        address, self.alive = Cuda(DEVICE).allocate(step * EXPERTS)
         random = np.random.default_rng(inner)
         self.blocks, self.expected = [], {}
         for row in range(EXPERTS):
@@ -87,13 +87,20 @@ def test_it_is_the_processors(inner: int, hidden: int, dtype: str) -> None:
 
 
 @needs_cuda
+def test_the_device_that_was_current_stays_so() -> None:
+    rank = Rank(64, 44)
+    assert rank.memory.put(rank.blocks) == rank.expected
+    assert torch.cuda.current_device() == 0
+
+
+@needs_cuda
 @pytest.mark.parametrize("part", ["w13_weight", "w2_weight"])
 def test_a_byte_that_differs_on_the_device_is_seen(part: str) -> None:
     rank = Rank(333, 444)
     rank.memory.put(rank.blocks)
     tensor = rank.held[f"model.layers.1.mlp.experts.{part}"].view(torch.uint8)
     tensor[4, -1, -1] ^= 1
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(DEVICE)
     assert {row for row, right in rank.expected.items() if rank.memory.check(row) != right} == {4}
 
 
@@ -102,7 +109,7 @@ def test_slots_of_one_expert_that_differ_are_unequal() -> None:
     rank = Rank(64, 44, placement=[0, 1, 2, 3, 4, 5, 6, 2, 4])
     assert rank.memory.put(rank.blocks) == rank.expected
     rank.held["model.layers.1.mlp.experts.w2_weight"].view(torch.uint8)[7, 0, 0] ^= 1
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(DEVICE)
     assert rank.memory.check(2) == UNEQUAL
     assert rank.memory.check(4) == rank.expected[4]
 

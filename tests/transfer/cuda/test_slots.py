@@ -6,6 +6,7 @@ On a machine without CUDA a double stands in for the driver, and moves the same 
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from transfer.slots import Slots
 from transfer.slots.staging import Staging, host_memory
 from transfer.slots.table import SlotTable
 
-DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+# Where there are several, one that is not current, as for most ranks of a host.
+DEVICE = f"cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
 HIDDEN, ROWS, EXPERTS = 384, 256, 5
 
 
@@ -49,8 +51,8 @@ class NoCuda:
     def open_stream(self) -> NoStream:
         return NoStream()
 
-    def enter(self) -> None:
-        pass
+    def current(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def allocate(self, nbytes: int) -> tuple[int, Any]:
         return host_memory(nbytes)
