@@ -16,12 +16,13 @@ from typing import Any
 from app.consumers import Consumer
 from app.models import PushDocument, PushedExpert, PushRequest, PushTableDocument
 from app.node import UNKNOWN_CHECKSUM, Node
-from app.peers import PeerClient, PeerRefused, parsed
+from app.peers import PeerClient, parsed
 from app.problems import Conflict, PeerFailed, TooManyRequests, Unavailable
 from shm.block import ExpertKey
 from shm.errors import InvalidInput
 from shm.manifest import Manifest
 from shm.segment import Segment
+from transfer.client.http import NodeRefused
 from transfer.engine import TransferEngine
 from transfer.errors import NothingToRestore
 from transfer.plan import Batch, Limits, Offer
@@ -172,7 +173,7 @@ class PeerPush:
         for _ in range(BUSY_RETRIES_MAX):
             try:
                 answer = self._client.request("POST", self._url, json=body, timeout=PUSH_TIMEOUT_S)
-            except PeerRefused as error:
+            except NodeRefused as error:
                 if error.status != 429:
                     raise
                 time.sleep(BUSY_WAIT_S)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from app.membership import Peer
 from app.models import RestoreDocument, RestoreRequest
-from app.peers import PeerClient, PeerRefused, PeerUnreachable, parsed
+from app.peers import PeerClient, parsed
 from app.problems import Conflict, NotFound, PeerFailed, TooManyRequests, Unavailable
 from shm.errors import HotspareError, InvalidInput
+from transfer.client.http import NodeRefused, NodeUnreachable
 from transfer.progress import RestoreState
 
 RETRY_AFTER_S = 5
@@ -38,9 +39,9 @@ class RemoteRestore:
         try:
             answer = client.request("POST", f"{peer.url}/v1/restores", json=body, headers=headers)
             document = parsed(RestoreDocument, answer)
-        except PeerUnreachable as error:
+        except NodeUnreachable as error:
             raise Unavailable(f"node {peer.node_id} does not answer: {error}", retry_after_s=RETRY_AFTER_S) from error
-        except PeerRefused as error:
+        except NodeRefused as error:
             raise _as_said(error) from error
         return cls(document.id, peer.url, client, document)
 
@@ -54,12 +55,12 @@ class RemoteRestore:
             return self.last
         try:
             self._ask("GET")
-        except PeerRefused as error:
+        except NodeRefused as error:
             if error.status != 404:
                 return self._without_news(error)
             ended = {"state": RestoreState.FAILED, "error": "its node knows it no longer: it was restarted meanwhile"}
             self.last = self.last.model_copy(update=ended)
-        except (PeerUnreachable, PeerFailed) as error:
+        except (NodeUnreachable, PeerFailed) as error:
             return self._without_news(error)
         return self.last
 
@@ -69,9 +70,9 @@ class RemoteRestore:
             return
         try:
             self._ask("POST", "/cancel")
-        except PeerUnreachable as error:
+        except NodeUnreachable as error:
             raise Unavailable(str(error), retry_after_s=RETRY_AFTER_S) from error
-        except PeerRefused as error:
+        except NodeRefused as error:
             raise PeerFailed(str(error)) from error
 
     def _ask(self, method: str, suffix: str = "") -> None:
@@ -84,7 +85,7 @@ class RemoteRestore:
         return self.last.model_copy(update={"error": f"the node that does it does not answer now: {error}"})
 
 
-def _as_said(error: PeerRefused) -> HotspareError:
+def _as_said(error: NodeRefused) -> HotspareError:
     """The peer's own refusal, in our words where it is the caller's mistake."""
     detail = str(error.problem.get("detail") or error)
     if error.status == 429:

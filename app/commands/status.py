@@ -45,12 +45,12 @@ def _ask(asking: PeerClient, url: str) -> dict[str, Any]:
 
 def _get(asking: PeerClient, url: str, path: str) -> dict[str, Any] | None:
     """A document; a node that is not ready answers 503, with the readiness all the same, or with a problem."""
-    from app.peers import PeerRefused
+    from transfer.client.http import NodeRefused
 
     try:
         document: dict[str, Any] = asking.request("GET", url + path, timeout=COMMAND_TIMEOUT_S).json()
         return document
-    except PeerRefused as error:
+    except NodeRefused as error:
         if error.status != SERVICE_UNAVAILABLE:
             raise
         return dict(error.problem) if "ready" in error.problem else None

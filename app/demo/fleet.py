@@ -16,10 +16,11 @@ from typing import Any
 
 import app
 from app.demo.interruption import Interruption
-from app.peers import PeerClient, PeerRefused, PeerUnreachable
+from app.peers import PeerClient
 from shm.errors import HotspareError
 from shm.inventory import remove
 from shm.layout import SegmentName
+from transfer.client.http import NodeRefused, NodeUnreachable
 
 MODEL = "demo-deepseek-v3"
 REPLICAS = 2
@@ -134,7 +135,7 @@ class NodeProcess:
     def _holds(condition: Callable[[], bool]) -> bool:
         try:
             return condition()
-        except (PeerUnreachable, PeerRefused):
+        except (NodeUnreachable, NodeRefused):
             return False
 
     def wait_until_answering(self) -> None:
@@ -184,7 +185,7 @@ class Fleet:
         for node in self.nodes.values():
             try:
                 restores = node.get("/v1/restores")["restores"]
-            except (PeerUnreachable, PeerRefused):
+            except (NodeUnreachable, NodeRefused):
                 continue
             for restore in restores:
                 for name in total:

@@ -10,10 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
-from app import peers
-from app.peers import PeerClient, PeerRefused, PeerUnreachable
+from app.peers import PeerClient
 from shm.errors import ManifestError
 from shm.manifest import Manifest
+from transfer.client.http import NodeRefused, NodeUnreachable
 
 CHECKSUM = "0123456789abcdef" * 2
 
@@ -99,11 +99,11 @@ def test_a_manifest_that_was_changed_on_the_way_is_refused(
 def test_a_refusal_carries_status_and_problem(client: PeerClient, odd_peer: Callable[[], Any]) -> None:
     peer = odd_peer()
     peer.answers["*"] = 409, orjson.dumps({"detail": "it is so"})
-    with pytest.raises(PeerRefused, match="409 it is so") as refused:
+    with pytest.raises(NodeRefused, match="409 it is so") as refused:
         client.node(peer.url)
     assert (refused.value.status, refused.value.problem) == (409, {"detail": "it is so"})
     peer.answers["*"] = 500, b"<html>"
-    with pytest.raises(PeerRefused, match="500") as refused:
+    with pytest.raises(NodeRefused, match="500") as refused:
         client.node(peer.url)
     assert refused.value.problem == {}
 
@@ -114,19 +114,19 @@ def test_another_kind_of_server_is_told_from_a_node(
 ) -> None:
     peer = odd_peer()
     peer.answers["*"] = 200, body
-    with pytest.raises(PeerUnreachable, match="does not answer like a Hotspare node"):
+    with pytest.raises(NodeUnreachable, match="does not answer like a Hotspare node"):
         client.node(peer.url)
 
 
 def test_nobody_there_is_unreachable(client: PeerClient, odd_peer: Callable[[], Any]) -> None:
     peer = odd_peer()
     peer.close()
-    with pytest.raises(PeerUnreachable, match="ConnectError"):
+    with pytest.raises(NodeUnreachable, match="ConnectError"):
         client.node(peer.url)
 
 
 def test_an_address_that_is_none_is_unreachable(client: PeerClient) -> None:
-    with pytest.raises(PeerUnreachable):
+    with pytest.raises(NodeUnreachable):
         client.node("http://exa mple:\x00")
 
 
@@ -143,7 +143,7 @@ def test_an_answer_that_trickles_in_is_given_up(
     peer = odd_peer()
     peer.answers["*"] = 200, drip()
     try:
-        with pytest.raises(PeerUnreachable, match="too slowly"):
+        with pytest.raises(NodeUnreachable, match="too slowly"):
             client.request("GET", f"{peer.url}/v1/node", timeout=0.3)
     finally:
         released = True
@@ -152,10 +152,10 @@ def test_an_answer_that_trickles_in_is_given_up(
 def test_an_answer_without_end_is_cut_off(
     client: PeerClient, odd_peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "DOCUMENT_NBYTES_MAX", 3_333_333)
+    monkeypatch.setattr("transfer.client.http.DOCUMENT_NBYTES_MAX", 3_333_333)
     peer = odd_peer()
     peer.answers["*"] = 200, itertools.repeat(b"x" * 65_536)
-    with pytest.raises(PeerUnreachable, match="over 3,333,333 bytes"):
+    with pytest.raises(NodeUnreachable, match="over 3,333,333 bytes"):
         client.node(peer.url)
 
 

@@ -1,8 +1,4 @@
 """An engine's side of a restore: `restorer` is what it uses, `ladder` the order in which sources are tried.
 
-The only part of `transfer` that speaks HTTP (`control_plane`).
+The only part of `transfer` that speaks HTTP (`http`, and `control_plane` on it).
 """
-
-from transfer.client.restorer import Restorer
-
-__all__ = ["Restorer"]

@@ -1,7 +1,4 @@
-"""The nodes' HTTP side, as an engine asks it: what a node is, its manifest, who has which block, who answers.
-
-The only place outside `app` with HTTP in it.
-"""
+"""The nodes' HTTP side, as an engine asks it: what a node is, its manifest, who has which block, who answers."""
 
 from __future__ import annotations
 
@@ -9,55 +6,35 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
-import orjson
-
-from shm.errors import BlockUnavailable, HotspareError, InvalidInput
+from shm.errors import BlockUnavailable
 from shm.manifest import Manifest
+from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, host_and_port
 from transfer.client.whereabouts import Mapped, Replica
 
-CONNECT_TIMEOUT_S = 1.0
-ASK_TIMEOUT_S = 2.0
-DOCUMENT_TIMEOUT_S = 30.0  # a manifest or shard map of a large model
-DOCUMENT_NBYTES_MAX = 1 << 30
 URLS_MAX = 1024  # nodes remembered
 ASK_THREADS_MAX = 16
-
-
-class NodeUnreachable(HotspareError):
-    """A node's control plane did not answer, or not like one."""
 
 
 class ControlPlane:
     """The nodes' HTTP side, our own node's first. Remembers every node that one of them named. Thread-safe."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        try:
-            parts = httpx.URL(url)
-        except httpx.InvalidURL:
-            parts = httpx.URL()
-        if parts.scheme not in ("http", "https") or not parts.host:
-            raise InvalidInput(f"{url!r} is not a node's URL: write http://HOST:PORT")
-        self.address = (parts.host, parts.port or {"http": 80, "https": 443}[parts.scheme])
+        self.address = host_and_port(url)
         self.urls = [url.rstrip("/")]
         self._by_node: dict[str, str] = {}
-        self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(ASK_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            trust_env=False,  # nodes are asked directly, never through a proxy
-        )
+        self._http = NodeHttp(token)
 
     def close(self) -> None:
         self._http.close()
 
     def node(self, url: str) -> dict[str, Any]:
         """A node's own account of itself. Raises NodeUnreachable."""
-        return self._get(f"{url}/v1/node")
+        return self._http.document(f"{url}/v1/node")
 
     def learn(self, url: str) -> str:
         """Remember the nodes that this one knows; returns its own id. Raises NodeUnreachable."""
         own = ""
-        for node in self._get(f"{url}/v1/nodes").get("nodes", ()):
+        for node in self._http.document(f"{url}/v1/nodes").get("nodes", ()):
             node_id, peer = str(node.get("node_id")), str(node.get("url", "")).rstrip("/")
             if node.get("self"):
                 own = node_id
@@ -68,7 +45,7 @@ class ControlPlane:
         return own
 
     def silent(self, node_ids: Iterable[str]) -> set[str]:
-        """Those of the nodes that are known not to answer now: asking takes ASK_TIMEOUT_S at most, all at once.
+        """Those of the nodes that are known not to answer now: asking takes ANSWER_TIMEOUT_S at most, all at once.
 
         The transfer engine would wait a minute for the first word of a process that is stopped.
         """
@@ -84,15 +61,17 @@ class ControlPlane:
             self.node(url)
         except NodeUnreachable:
             return True
+        except NodeRefused:  # it lives, whatever it thinks of us
+            return False
         return False
 
     def manifest(self, url: str) -> Manifest:
         """A node's manifest, checked against its digest. Raises NodeUnreachable or ManifestError."""
-        return Manifest.from_json(self._get(f"{url}/v1/manifest", timeout=DOCUMENT_TIMEOUT_S))
+        return Manifest.from_json(self._http.document(f"{url}/v1/manifest", timeout=DOCUMENT_TIMEOUT_S))
 
     def shard_map(self, url: str, manifest: Manifest) -> dict[int, Mapped]:
         """Manifest row → who has the block, as this node knows it. Raises NodeUnreachable."""
-        document = self._get(f"{url}/v1/shard-map", params={"scope": "cluster"}, timeout=DOCUMENT_TIMEOUT_S)
+        document = self._http.document(f"{url}/v1/shard-map", params={"scope": "cluster"}, timeout=DOCUMENT_TIMEOUT_S)
         if document.get("manifest_digest") != manifest.digest:
             raise NodeUnreachable(
                 f"{url} keeps {document.get('model')} from another checkpoint: nothing is taken of it"
@@ -111,17 +90,3 @@ class ControlPlane:
             }
         except (KeyError, TypeError, ValueError, BlockUnavailable) as error:
             raise NodeUnreachable(f"{url}: not a shard map: {error!r}") from error
-
-    def _get(self, url: str, **options: Any) -> dict[str, Any]:
-        try:
-            response = self._http.get(url, **options)
-            document = orjson.loads(response.content) if len(response.content) <= DOCUMENT_NBYTES_MAX else None
-        except httpx.HTTPError as error:
-            raise NodeUnreachable(f"{url}: {type(error).__name__}: {error}") from error
-        except orjson.JSONDecodeError as error:
-            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {error}") from error
-        if not isinstance(document, dict):
-            raise NodeUnreachable(f"{url} does not answer like a Hotspare node")
-        if response.status_code >= 400:
-            raise NodeUnreachable(f"{url}: {response.status_code} {document.get('detail') or response.reason_phrase}")
-        return document

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shm.errors import HotspareError
-from transfer.client import Restorer
+from transfer.client.restorer import Restorer
 from transfer.sglang.engine import Engine, NameFilter, SGLangEngine
 from transfer.sglang.kernels import sglang_layout
 from transfer.slots import Slots
