@@ -30,7 +30,8 @@ from shm.attachment import Attachment
 from shm.block import ExpertKey
 from shm.errors import SegmentError
 from transfer import Restorer
-from transfer.client import bound_slots, sources
+from transfer.client import sources
+from transfer.cuda import checksum as device_checksum
 from transfer.cuda import slots as device_slots
 from transfer.engine import Copy, MooncakeEngine, within_pieces
 from transfer.slots import Slots, staging
@@ -365,7 +366,7 @@ def local_variants(figures: Figures, url: str, held: Experts, layers: int, shape
             restorer.bind(slots)
             taken = restored(restorer, held, "local")
             figures.add(f"  variant: {lanes} lanes, batches up to {size} MiB", taken)
-    with constant(bound_slots, "_checksums_on", lambda *_: None), Restorer(url) as restorer:
+    with constant(device_checksum, "can_take", lambda _: False), Restorer(url) as restorer:
         restorer.bind(slots)
         figures.add("  variant: checksums by the processor", restored(restorer, held, "local"))
     with constant(Attachment, "pin", refuse_pin), Restorer(url) as restorer:
@@ -432,7 +433,7 @@ def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> 
             restorer.bind(slots)
             taken = restored(restorer, held, "peer")
             figures.add(f"  variant: {lanes} lanes, items of {item} MiB, buffers of {size} MiB", taken)
-    with constant(bound_slots, "_checksums_on", lambda *_: None), Restorer(url, model=ELSEWHERE) as restorer:
+    with constant(device_checksum, "can_take", lambda _: False), Restorer(url, model=ELSEWHERE) as restorer:
         restorer.bind(slots)
         figures.add("  variant: checksums by the processor", restored(restorer, held, "peer"))
 

@@ -13,8 +13,8 @@ from transfer.slots.staging import Staging
 from transfer.slots.table import SlotTable
 
 if TYPE_CHECKING:
-    from transfer.cuda.checksum import DeviceChecksums
     from transfer.cuda.driver import Cuda
+    from transfer.cuda.slots import DeviceSlots
 
 CPU = "cpu"
 
@@ -40,18 +40,6 @@ def check_not_moved(slots: Slots) -> None:
             )
 
 
-def _checksums_on(table: SlotTable, cuda: Cuda) -> DeviceChecksums | None:
-    """None where the device cannot take them: the processor does then."""
-    from transfer.cuda.checksum import DeviceChecksums, can_take
-    from transfer.cuda.driver import DeviceFailed
-
-    try:
-        return DeviceChecksums(table, cuda) if can_take(table) else None
-    except DeviceFailed as error:
-        _log.warning("the processor takes the checksums of GPU slots, which is slower: %s", error)
-        return None
-
-
 class BoundSlots:
     """A rank's slots for one manifest. Raises SlotMismatch where they do not fit, before a byte moves."""
 
@@ -68,12 +56,24 @@ class BoundSlots:
             self.memory = HostSlots(self.table)
         else:
             from transfer.cuda.driver import Cuda
-            from transfer.cuda.slots import DeviceSlots
 
             cuda = Cuda(self.device)
             self.staging = Staging(*sizes, cuda.allocate)
             with cuda.current():
-                self.memory = DeviceSlots(self.table, cuda, self.staging, _checksums_on(self.table, cuda))
+                self.memory = self._on_device(cuda)
+
+    def _on_device(self, cuda: Cuda) -> DeviceSlots:
+        """The processor takes the checksums where the device cannot: it lacks the compiler, or memory to spare."""
+        from transfer.cuda.checksum import DeviceChecksums, can_take
+        from transfer.cuda.driver import DeviceFailed
+        from transfer.cuda.slots import DeviceSlots
+
+        try:
+            if can_take(self.table):
+                return DeviceSlots(self.table, cuda, self.staging, DeviceChecksums(self.table, cuda))
+        except DeviceFailed as error:
+            _log.warning("the processor takes the checksums of GPU slots, which is slower: %s", error)
+        return DeviceSlots(self.table, cuda, self.staging)
 
     def close(self, *, is_engine_gone: bool) -> None:
         """Give the ring back."""

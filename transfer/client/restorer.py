@@ -25,6 +25,7 @@ from transfer.client.last_resort import LastResort
 from transfer.client.local_segment import LocalSegment
 from transfer.client.report import FailedExpert, Progress, SlotReport, Tally
 from transfer.client.whereabouts import URLS_ASKED_MAX, Search
+from transfer.errors import EngineError
 from transfer.slots import Slots
 
 PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
@@ -81,7 +82,8 @@ class Restorer:
 
         The manifest is compared, the slots are registered with the engine, this host's segment is attached and, for
         slots in GPU memory, page-locked (about 0.05 s a GB), and host buffers are made. Raises SlotMismatch for slots
-        that the model's blocks do not fit; a node that cannot be reached yet is no error.
+        that the model's blocks do not fit, EngineError for a device that cannot be used; a node that cannot be reached
+        yet is no error.
         """
         with self._lock:
             device_of(slots)
@@ -176,17 +178,23 @@ class Restorer:
         progress: Progress | None,
     ) -> SlotReport:
         tally = Tally(progress)
-        bound = self._prepare(tally)
+        try:
+            bound, why_not = self._prepare(tally), "the model's manifest could not be had"
+        except EngineError as error:  # a device without memory to spare, say
+            bound, why_not = None, str(error)
         if bound is None:
             keys = slots.keys if asked is None else asked
             tally.expect(len(keys), 0)
-            return tally.finish(self._failures({key: ["the model's manifest could not be had"] for key in keys}))
+            return tally.finish(self._failures({key: [why_not] for key in keys}))
         rows = bound.table.rows if asked is None else [bound.manifest.index(*key) for key in asked]
         if predicate is not None:
             rows = [row for row in rows if any(map(predicate, bound.manifest.tensor_names(row)))]
         tally.expect(len(rows), int(bound.manifest.nbytes[rows].sum()))
         ladder = Ladder(bound, rows, tally)
-        self._climb(ladder, bound, tally)
+        tally.attempt(self._climb, ladder, bound, tally)
+        if ladder.has_timed_out and self._lease.drop():
+            bound.close(is_engine_gone=True)
+            self._bound = None
         missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
         return tally.finish(self._failures(missing))
 
@@ -209,9 +217,6 @@ class Restorer:
             is_straight = self._is_straight and self._lease.has_registered
             if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
                 break
-        if ladder.has_timed_out and self._lease.drop():
-            bound.close(is_engine_gone=True)
-            self._bound = None
 
     def _failures(self, missing: Mapping[ExpertKey, Sequence[str]]) -> tuple[FailedExpert, ...]:
         assert self._slots is not None

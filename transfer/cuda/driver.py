@@ -55,11 +55,14 @@ class Stream:
         self.handle = int(self._torch.cuda_stream)
 
     def follow(self) -> None:
-        """Let what comes next wait for the device's default stream and the calling thread's."""
+        """Let what comes next wait for the device's default stream and the calling thread's. Raises DeviceFailed."""
         import torch
 
-        self._torch.wait_stream(torch.cuda.current_stream(self._device))
-        self._torch.wait_stream(torch.cuda.default_stream(self._device))
+        try:
+            self._torch.wait_stream(torch.cuda.current_stream(self._device))
+            self._torch.wait_stream(torch.cuda.default_stream(self._device))
+        except RuntimeError as error:
+            raise DeviceFailed(f"{self._device} takes no more work: {error}") from error
 
     def wait(self) -> None:
         """Block until everything queued here by now is done. Raises DeviceFailed."""

@@ -24,6 +24,7 @@ from shm.segment import Segment
 from transfer import Restorer
 from transfer.checkpoint import read_checkpoint
 from transfer.client.report import SlotReport
+from transfer.cuda.driver import DeviceFailed
 from transfer.engine import MooncakeEngine
 from transfer.slots import SlotRef, Slots
 from transfer.slots.layouts import NO_EXPERT, SlotMismatch
@@ -288,6 +289,26 @@ def test_before_any_segment_is_there_everything_is_listed_and_later_it_comes(own
         assert all(len(failed.slots) == 2 for failed in report.failed)
         assert any("no segment of tiny" in note for note in report.notes)
         owner.fill()
+        assert restorer.restore().ok
+
+
+def test_a_device_that_fails_is_reported_and_not_raised(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise DeviceFailed("3,333 bytes on cuda:1 could not be had")
+
+    owner.segment.unlink()
+    with owner.restorer() as restorer:
+        restorer.bind(Slots.fused(parameters()))
+        owner.fill()
+        with monkeypatch.context() as patch:
+            patch.setattr("transfer.client.restorer.BoundSlots", fail)
+            report = restorer.restore()
+        assert {failed.reason for failed in report.failed} == {"3,333 bytes on cuda:1 could not be had"}
+        with monkeypatch.context() as patch:
+            patch.setattr("transfer.slots.host.HostSlots.follow", fail)
+            report = restorer.restore()
+        assert len(report.failed) == LAYERS * EXPERTS
+        assert "3,333 bytes on cuda:1 could not be had" in report.notes
         assert restorer.restore().ok
 
 

@@ -123,6 +123,17 @@ def test_more_than_fits_at_once_is_taken_in_turns(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_cuda
+def test_without_device_memory_to_spare_the_processor_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(cuda: Cuda, nbytes: int) -> None:
+        raise DeviceFailed(f"{nbytes:,} bytes on {cuda.device} could not be had")
+
+    monkeypatch.setattr(Cuda, "allocate_on_device", full)
+    rank = Rank(64, 44)
+    assert rank.memory.put(rank.blocks) == rank.expected
+    assert rank.memory.check(3) == rank.expected[3]
+
+
+@needs_cuda
 def test_source_that_does_not_compile_says_so() -> None:
     with pytest.raises(DeviceFailed, match="could not compile for sm_"):
         kernels.Kernels(Cuda(DEVICE), "no kernel", ())
