@@ -17,7 +17,7 @@ from shm.block import DENSE
 from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import ManifestError
 from shm.manifest import Manifest
-from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp
+from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, quoted
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -51,6 +51,14 @@ class PeerClient(NodeHttp):
             return self._blocks(document, node_id, manifest)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ManifestError(f"{url}: not a shard map: {error!r}") from error
+
+    def has_consumer(self, url: str, consumer_id: str) -> bool:
+        """Whether the peer answers, and that consumer is registered with it."""
+        try:
+            self.request("GET", f"{url}/v1/consumers/{quoted(consumer_id)}")
+        except (NodeUnreachable, NodeRefused):
+            return False
+        return True
 
     @staticmethod
     def _blocks(document: Mapping[str, Any], node_id: str, manifest: Manifest) -> PeerBlocks:

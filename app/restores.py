@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 
-from app.consumers import ConsumerStore
-from app.membership import Peer
+from app.consumers import Consumer, ConsumerStore
+from app.membership import Peer, PeerState
 from app.models import FailedExpert, RestoreDocument, RestoreRequest, RestoreTarget
 from app.node import Node
 from app.peers import PeerClient
@@ -211,14 +211,23 @@ class RestoreStore:
         experts = None if request.experts is None else tuple(ExpertKey(e.layer, e.expert) for e in request.experts)
         kinds = ALL_KINDS if request.sources is None else frozenset(map(SourceKind, request.sources))
         if request.target.consumer_id is not None:
-            return self._start_push(request.target.consumer_id, experts, kinds, read_back=request.read_back)
+            try:
+                consumer = self._consumers.get(request.target.consumer_id)
+            except NotFound:
+                if (peer := self._peer_of_consumer(request.target.consumer_id)) is None:
+                    raise
+                return self._send(peer, request, key)
+            return self._start_push(consumer, experts, kinds, read_back=request.read_back)
         assert request.target.node_id is not None
         if request.target.node_id != self._node.settings.node_id:
-            remote = RemoteRestore.send(self._client, self._peer(request.target.node_id), request, key)
-            with self._lock:
-                self._keep(remote)
-            return remote
+            return self._send(self._peer(request.target.node_id), request, key)
         return self.start_local(experts, kinds)
+
+    def _send(self, peer: Peer, request: RestoreRequest, key: str | None) -> RemoteRestore:
+        remote = RemoteRestore.send(self._client, peer, request, key)
+        with self._lock:
+            self._keep(remote)
+        return remote
 
     def start_local(self, experts: tuple[ExpertKey, ...] | None, kinds: Collection[SourceKind]) -> LocalRestore:
         """Queue a restore into this node's segment. Raises what is wrong with it, or TooManyRequests."""
@@ -227,10 +236,14 @@ class RestoreStore:
         return self._enqueue(self._queue, experts, kinds)
 
     def _start_push(
-        self, consumer_id: str, experts: tuple[ExpertKey, ...] | None, kinds: Collection[SourceKind], *, read_back: bool
+        self,
+        consumer: Consumer,
+        experts: tuple[ExpertKey, ...] | None,
+        kinds: Collection[SourceKind],
+        *,
+        read_back: bool,
     ) -> LocalRestore:
         """Queue a restore into a consumer's memory. Raises what is wrong with it, or TooManyRequests."""
-        consumer = self._consumers.get(consumer_id)
         hold = partial(self._consumers.hold, consumer)
         push = ConsumerPush(self._node, self._client, consumer, hold, self.mend, read_back)
         push.rows_of(experts)
@@ -270,6 +283,11 @@ class RestoreStore:
             known = ", ".join(sorted([*peers, self._node.settings.node_id]))
             raise NotFound(f"there is no node {node_id!r}: the nodes are {known}")
         return peers[node_id]
+
+    def _peer_of_consumer(self, consumer_id: str) -> Peer | None:
+        """The peer that a consumer is registered with; None if none that answers knows it."""
+        answering = (p for p in self._node.cluster.peers() if p.state is PeerState.ALIVE and p.conflict is None)
+        return next((peer for peer in answering if self._client.has_consumer(peer.url, consumer_id)), None)
 
     def _keep(self, restore: AnyRestore) -> None:
         """Remember it, and forget one in its place if there are too many: of those here only one that is over."""

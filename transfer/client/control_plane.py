@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from shm.errors import BlockUnavailable
 from shm.manifest import Manifest
-from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, host_and_port
+from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, host_and_port, quoted
 from transfer.client.whereabouts import Mapped, Replica
 
 URLS_MAX = 1024  # nodes remembered
@@ -52,6 +52,21 @@ class ControlPlane:
         asked = sorted(node_ids)
         with ThreadPoolExecutor(ASK_THREADS_MAX, thread_name_prefix="hotspare-ask") as pool:
             return {node for node, silent in zip(asked, pool.map(self._is_silent, asked), strict=True) if silent}
+
+    def put_consumer(self, consumer_id: str, document: Mapping[str, Any]) -> None:
+        """Register with our own node. Raises NodeUnreachable or NodeRefused, as the next two do."""
+        self._ask_own("PUT", consumer_id, json=dict(document), timeout=DOCUMENT_TIMEOUT_S)
+
+    def renew_consumer(self, consumer_id: str) -> None:
+        self._ask_own("POST", consumer_id, "/renew")
+
+    def remove_consumer(self, consumer_id: str) -> None:
+        """Waits for writes under way."""
+        self._ask_own("DELETE", consumer_id, timeout=DOCUMENT_TIMEOUT_S)
+
+    def _ask_own(self, method: str, consumer_id: str, suffix: str = "", **options: Any) -> None:
+        path = f"/v1/consumers/{quoted(consumer_id)}{suffix}"
+        self._http.request(method, self.urls[0] + path, **options)
 
     def _is_silent(self, node_id: str) -> bool:
         url = self._by_node.get(node_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import orjson
@@ -94,6 +95,11 @@ def host_and_port(url: str) -> tuple[str, int]:
     if parts.scheme not in DEFAULT_PORTS or not parts.host:
         raise InvalidInput(f"{url!r} is not a node's URL: write http://HOST:PORT")
     return parts.host, parts.port or DEFAULT_PORTS[parts.scheme]
+
+
+def quoted(name: str) -> str:
+    """A name as one part of a URL's path."""
+    return quote(name, safe="")
 
 
 def _read(answer: httpx.Response, deadline: float) -> bytes:

@@ -23,11 +23,14 @@ from transfer.client.engine_lease import EngineLease
 from transfer.client.ladder import Ladder
 from transfer.client.last_resort import LastResort
 from transfer.client.local_segment import LocalSegment
+from transfer.client.registration import Registration
 from transfer.client.report import FailedExpert, Progress, SlotReport, Tally
 from transfer.client.whereabouts import URLS_ASKED_MAX, Search
-from transfer.errors import EngineError
+from transfer.errors import EngineError, RestoreError
+from transfer.push.table import consumer_document
 from transfer.slots import Slots
 
+CONSUMER_TTL_S = 300.0
 PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
 
 _log = logging.getLogger("hotspare.restorer")
@@ -73,6 +76,7 @@ class Restorer:
         self._segment = LocalSegment()
         self._slots: Slots | None = None
         self._bound: BoundSlots | None = None
+        self._registration: Registration | None = None
         self._lock = threading.RLock()
 
     # -- binding ---------------------------------------------------------------------------------------------
@@ -123,6 +127,7 @@ class Restorer:
         self.close()
 
     def _release(self) -> None:
+        self.unregister()
         bound, self._bound = self._bound, None
         if bound is not None:
             bound.close(is_engine_gone=False)
@@ -143,6 +148,39 @@ class Restorer:
         tally.attempt(self._lease.start)
         if device_of(self._slots) == CPU or self._is_straight:
             tally.attempt(self._lease.register, [(r.address, r.nbytes) for r in self._slots.ranges])
+
+    # -- being restored --------------------------------------------------------------------------------------
+
+    def register(self, consumer_id: str, *, ttl_s: float = CONSUMER_TTL_S) -> None:
+        """Let others have these slots filled, with no code of this process running: `POST /v1/restores` to any node.
+
+        The slots are opened to the transfer engine, those in GPU memory too, and the registration is renewed in the
+        background, also with a node that was restarted, until `unregister`, `bind` or `close`; it outlives a process
+        that dies by `ttl_s` at most. Nothing in flight may use the slots while they are filled.
+
+        Raises InvalidInput before `bind`, RestoreError without a manifest, EngineError for memory that the engine does
+        not take, NodeUnreachable or NodeRefused where the node does not take the registration.
+        """
+        with self._lock:
+            self.unregister()
+            if self._slots is None:
+                raise InvalidInput("no slots are bound: call bind(slots) first")
+            check_not_moved(self._slots)
+            tally = Tally()
+            bound = self._prepare(tally)
+            if bound is None:
+                raise RestoreError(f"the model's manifest could not be had: {'; '.join(tally.notes)}")
+            engine = self._lease.start()
+            self._lease.register([(r.address, r.nbytes) for r in self._slots.ranges])
+            document = consumer_document(self._slots, bound.manifest, engine.session_id, ttl_s)
+            self._registration = Registration(self._control, consumer_id, document)
+
+    def unregister(self) -> None:
+        """End what `register` began. Once it returns, no node begins to write. Harmless without a registration."""
+        with self._lock:
+            registration, self._registration = self._registration, None
+            if registration is not None:
+                registration.end()
 
     # -- restoring -------------------------------------------------------------------------------------------
 
@@ -195,6 +233,8 @@ class Restorer:
         if ladder.has_timed_out and self._lease.drop():
             bound.close(is_engine_gone=True)
             self._bound = None
+            if (gone := self._registration) is not None:  # it names the engine that was thrown away
+                tally.attempt(self.register, gone.consumer_id, ttl_s=gone.ttl_s)
         missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
         return tally.finish(self._failures(missing))
 

@@ -1,0 +1,148 @@
+"""An engine that is registered is filled by nodes, for as long as it is bound and whatever becomes of its node."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shm.errors import InvalidInput
+from transfer import Restorer
+from transfer.client.http import NodeRefused, NodeUnreachable
+from transfer.errors import RestoreError
+from transfer.slots import Slots
+
+NOBODY = "http://127.0.0.1:9"
+
+
+class Rank:
+    """Every expert tensor of a checkpoint, under its own name."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        stored = load_file(checkpoint / "model.safetensors")
+        self.right = {name: tensor for name, tensor in stored.items() if ".experts." in name}
+        self.held = {name: torch.full_like(tensor, -1) for name, tensor in self.right.items()}
+        self.slots = Slots.plain(self.held)
+
+    def wipe(self) -> None:
+        for tensor in self.held.values():
+            tensor.fill_(-1)
+
+    @property
+    def is_right(self) -> bool:
+        return all(torch.equal(self.held[name], tensor) for name, tensor in self.right.items())
+
+
+def restore(url: str, wait_until: Callable[..., Any], **body: Any) -> dict[str, Any]:
+    answer = httpx.post(f"{url}/v1/restores", json={"target": {"consumer_id": "rank-0"}, **body})
+    assert answer.status_code == 202, answer.text
+    at = url + answer.headers["location"]
+    wait_until(lambda: httpx.get(at).json()["state"] in ("succeeded", "failed"), "ended")
+    document: dict[str, Any] = httpx.get(at).json()
+    return document
+
+
+def consumers(url: str) -> list[str]:
+    try:
+        return [each["id"] for each in httpx.get(f"{url}/v1/consumers").json()["consumers"]]
+    except httpx.HTTPError:
+        return []
+
+
+def test_any_node_has_the_slots_filled_until_they_are_let_go(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any]
+) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=1)
+    rank = Rank(tiny_qwen3_moe)
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        restorer.register("rank-9")
+        restorer.register("rank-0", ttl_s=1)
+        assert consumers(nodes.urls[0]) == ["rank-0"], "a second registration takes the place of the first"
+
+        renewed = httpx.get(f"{nodes.urls[0]}/v1/consumers/rank-0").json()["expires_in_s"]
+        wait_until(
+            lambda: httpx.get(f"{nodes.urls[0]}/v1/consumers/rank-0").json()["expires_in_s"] > renewed, "renewed"
+        )
+        for url in nodes.urls:  # the node that it is registered with, and one that has to ask for it
+            rank.wipe()
+            done = restore(url, wait_until, read_back=True)
+            assert (done["state"], done["error"]) == ("succeeded", None)
+            assert done["bytes_by_source"]["local"] > 0 < done["bytes_by_source"]["peer"]
+            assert rank.is_right
+
+        restorer.unregister()
+        restorer.unregister()
+        assert consumers(nodes.urls[0]) == []
+        refused = httpx.post(f"{nodes.urls[1]}/v1/restores", json={"target": {"consumer_id": "rank-0"}})
+        assert refused.status_code == 404
+        restorer.register("rank-0")
+        restorer.bind(rank.slots)
+        assert consumers(nodes.urls[0]) == [], "bound anew: what was registered is void"
+        restorer.register("rank-0")
+    assert consumers(nodes.urls[0]) == [], "closed"
+
+
+def test_a_node_that_was_restarted_is_told_again(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any]
+) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe, count=1, replicas=1)
+    rank = Rank(tiny_qwen3_moe)
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        restorer.register("rank-0", ttl_s=1.5)
+        nodes.kill(0)
+        nodes.start_again(0)
+        wait_until(lambda: consumers(nodes.urls[0]) == ["rank-0"], "registered again")
+        assert restore(nodes.urls[0], wait_until)["state"] == "succeeded"
+        assert rank.is_right
+
+
+def test_a_new_engine_takes_the_registration_over(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "5")
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
+    rank = Rank(tiny_qwen3_moe)
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        restorer.register("rank-0")
+        first = restorer.session_id
+        os.unlink(nodes.segment(0))
+        assert restorer.restore().bytes_by_source["peer"] > 0
+        # It stops between our looking and our reading, a moment that cannot be hit from outside.
+        monkeypatch.setattr(restorer._control, "silent", lambda _: set())
+        nodes.processes[1].send_signal(signal.SIGSTOP)
+        assert restorer.restore().ok
+        nodes.processes[1].send_signal(signal.SIGCONT)
+        assert restorer.session_id not in (None, first), "the engine that might still be sent bytes is gone"
+        rank.wipe()
+        assert restore(nodes.urls[0], wait_until)["state"] == "succeeded"
+        assert rank.is_right
+
+
+def test_what_stands_against_a_registration_is_said(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
+    rank = Rank(tiny_qwen3_moe)
+    with Restorer(NOBODY) as restorer:
+        with pytest.raises(InvalidInput, match="bind"):
+            restorer.register("rank-0")
+        restorer.bind(rank.slots)
+        with pytest.raises(RestoreError, match=r"manifest could not be had.*refused"):
+            restorer.register("rank-0")
+    with Restorer(NOBODY, model="qwen", checkpoint=tiny_qwen3_moe) as restorer:
+        restorer.bind(rank.slots)
+        with pytest.raises(NodeUnreachable, match="ConnectError"):
+            restorer.register("rank-0")
+    nodes = cluster("qwen", tiny_qwen3_moe, count=1, replicas=1)
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        with pytest.raises(NodeRefused, match="ttl_s"):
+            restorer.register("rank-0", ttl_s=0.01)
+        assert consumers(nodes.urls[0]) == []
