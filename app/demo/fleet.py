@@ -160,6 +160,7 @@ class Fleet:
 
     def __init__(self, namespace: str, checkpoint: Path, logs: Path, interruption: Interruption) -> None:
         self.namespace = namespace
+        self.logs = logs
         self._client = PeerClient()
         command = [sys.executable, "-m", "app.cli", "serve", "--model", MODEL, "--checkpoint", str(checkpoint)]
         command += ["--namespace", namespace, "--replicas", str(REPLICAS)]

@@ -19,7 +19,10 @@ SOURCES = ("local", "peer", "disk")
 
 @dataclass
 class Act:
-    """One thing that was done. `verified` is what the comparison after it found; without blocks nothing came back."""
+    """One thing that was done. `verified` is what the comparison after it found; without blocks nothing came back.
+
+    `is_copied`: what came from this host's memory was copied too, and not only found there.
+    """
 
     what: str
     seconds: float = 0.0
@@ -27,11 +30,12 @@ class Act:
     bytes_by_source: dict[str, int] = field(default_factory=dict)
     note: str = ""
     verified: str = ""
+    is_copied: bool = False
 
     @property
     def moved_nbytes(self) -> int:
-        """Bytes that came from elsewhere: what lay in this host's memory already was not moved."""
-        return sum(nbytes for source, nbytes in self.bytes_by_source.items() if source != "local")
+        """Bytes that were brought to where they were wanted."""
+        return sum(nbytes for source, nbytes in self.bytes_by_source.items() if self.is_copied or source != "local")
 
     @property
     def gb_per_s(self) -> float | None:

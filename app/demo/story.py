@@ -18,8 +18,9 @@ import orjson
 from app.demo import page_cache
 from app.demo.fleet import MODEL, REPLICAS, DemoFailed, Fleet, die_with_parent, environment
 from app.demo.interruption import Interrupted, Interruption
+from app.demo.rank_process import RankProcess, rank_beside
 from app.demo.stage import Act, Stage
-from app.restore_bar import bar, came_from, seconds_of, watch
+from app.restore_bar import Show, bar, came_from, seconds_of, watch
 from app.units import rate, size
 from shm.errors import SharedMemoryFull
 from shm.layout import PREFIX
@@ -133,8 +134,15 @@ class Story:
             self.lose_node()
             self.restore("disk", prepare)
             self.compare()
-        self.adopt()
-        self.compare()
+        node = self.fleet.nodes[LOST_NODE]
+        log = self.fleet.logs / "rank.log"
+        with rank_beside(node, self.checkpoint, self.fleet.namespace, log, self.interruption) as rank:
+            self.refill_slots(rank, f"an engine's slots beside {LOST_NODE} refilled")
+            node.kill()
+            self.refill_slots(rank, f"the same while {LOST_NODE} is dead")
+            self.adopt()
+            self.compare()
+            self.push(rank)
 
     # -- steps -----------------------------------------------------------------------------------------------
 
@@ -168,14 +176,17 @@ class Story:
         compared = self.stage.acts[-1]
         with self.stage.act("  attach from another process, compare with the checkpoint") as act:
             found = self._compare()
-            self.comparisons.append({"after": compared.what, **found})
-            verdict = "identical" if found["ok"] else "DIFFERENT"
-            compared.verified = f"{found['tensors']} {verdict}"
-            act.note = (
-                f"{found['tensors']} tensors, {found['replicas_min']} replicas, {size(found['nbytes'])}: {verdict}"
-            )
+            act.note = self._conclude(compared, found)
         for difference in (found["differing"] + found["unexpected"])[:DIFFERENCES_SHOWN]:
             self.stage.console.print(f"           {difference}", markup=False)
+
+    def _conclude(self, compared: Act, found: Mapping[str, Any]) -> str:
+        """Note what a comparison found after an act; in a line."""
+        self.comparisons.append({"after": compared.what, **found})
+        verdict = "identical" if found["ok"] else "DIFFERENT"
+        compared.verified = f"{found['tensors']} {verdict}"
+        replicas = f", {found['replicas_min']} replicas" if "replicas_min" in found else ""
+        return f"{found['tensors']} tensors{replicas}, {size(found['nbytes'])}: {verdict}"
 
     def _compare(self) -> dict[str, Any]:
         command = [sys.executable, "-m", "app.demo.comparison", str(self.checkpoint), MODEL, self.fleet.namespace]
@@ -220,28 +231,60 @@ class Story:
             files = sorted(self.checkpoint.glob("*.safetensors"))
             prepare(files)
             what += f", {page_cache.resident_share(files):.0%} cached"
-        asked, lost = self.fleet.nodes[ASKED_NODE], self.fleet.nodes[LOST_NODE]
         with self.stage.act(what, spin=False) as act, bar(self.stage.console, what) as show:
-            body = {"target": {"node_id": LOST_NODE}, "sources": [source]}
-            started = asked.post("/v1/restores", body)
-
-            def fetch() -> Mapping[str, Any]:
-                self.interruption.check()
-                return asked.get(f"/v1/restores/{started['id']}")
-
-            ended = watch(fetch, show)
-            if ended["state"] != "succeeded":
-                raise DemoFailed(f"the restore of {LOST_NODE} {ended['state']}: {ended['error']}")
-            lost.wait_until_ready()
+            ended = self._ask_for({"target": {"node_id": LOST_NODE}, "sources": [source]}, show)
+            self.fleet.nodes[LOST_NODE].wait_until_ready()
             self._record(act, ended)
             act.seconds = seconds_of(ended)
             act.note = f"{came_from(ended)}, {rate(act.moved_nbytes, act.seconds)}"
 
+    def _ask_for(self, body: Mapping[str, Any], show: Show) -> Mapping[str, Any]:
+        """Have ASKED_NODE start a restore, and watch it to its end."""
+        asked = self.fleet.nodes[ASKED_NODE]
+        started = asked.post("/v1/restores", body)
+
+        def fetch() -> Mapping[str, Any]:
+            self.interruption.check()
+            return asked.get(f"/v1/restores/{started['id']}")
+
+        ended = watch(fetch, show)
+        if ended["state"] != "succeeded":
+            raise DemoFailed(f"the restore of {body['target']} {ended['state']}: {ended['error']}")
+        return ended
+
+    def refill_slots(self, rank: RankProcess, what: str) -> None:
+        """An engine fills its own slots: from the segment that it attached, and from other nodes' memory."""
+        with self.stage.act(what) as act:
+            answer = rank.ask("restore")
+            if answer["failed"]:
+                raise DemoFailed(f"{len(answer['failed'])} experts could not be had, first {answer['failed'][0]}")
+            self._record(act, answer)
+            act.is_copied = True
+            act.seconds = answer["seconds"]
+            act.note = f"{came_from(answer)}, {rate(act.moved_nbytes, act.seconds)}"
+        self._compare_slots(rank)
+
+    def push(self, rank: RankProcess) -> None:
+        """Nodes fill the engine's slots, and no code of its own runs: any node may be asked for that."""
+        consumer = rank.ask("wait")["consumer_id"]
+        with self.stage.act(f"the engine's slots written by the nodes, asked of {ASKED_NODE}") as act:
+            ended = self._ask_for({"target": {"consumer_id": consumer}, "sources": ["peer"]}, lambda _: None)
+            self._record(act, ended)
+            act.is_copied = True
+            act.seconds = seconds_of(ended)
+            act.note = f"{came_from(ended)}, {rate(act.moved_nbytes, act.seconds)}"
+        self._compare_slots(rank)
+
+    def _compare_slots(self, rank: RankProcess) -> None:
+        compared = self.stage.acts[-1]
+        with self.stage.act("  compare the slots, in the engine, with the checkpoint") as act:
+            found = rank.ask("compare")
+            act.note = self._conclude(compared, found)
+
     def adopt(self) -> None:
         """A killed daemon loses nothing: the next one takes the segment over."""
         node = self.fleet.nodes[LOST_NODE]
-        node.kill()
-        with self.stage.act(f"{LOST_NODE} killed, its segment adopted") as act:
+        with self.stage.act(f"{LOST_NODE} started again, its segment adopted") as act:
             self.fleet.start(LOST_NODE, "auto")
             node.wait_until_ready()
             document = node.get("/v1/node")

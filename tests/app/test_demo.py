@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from app.demo.comparison import compare
 from app.demo.fleet import free_ports
 from app.demo.interruption import Interrupted, Interruption
 from app.demo.janitor import sweep
+from app.demo.rank import Checkpoint, Rank
 from app.demo.story import checkpoint_shape
 from shm.attachment import attach
 from shm.layout import SegmentName
@@ -108,11 +110,17 @@ def test_it_brings_a_lost_node_back_from_memory_and_from_disk_and_every_byte_is_
     facts = json.loads(ran.out.read_text())
     assert facts["ok"]
     assert facts["checkpoint"]["files"] > 1
-    assert len(facts["comparisons"]) == 5
-    for comparison in facts["comparisons"]:
+    of_segments = [each for each in facts["comparisons"] if "replicas_min" in each]
+    of_slots = [each for each in facts["comparisons"] if "replicas_min" not in each]
+    assert (len(of_segments), len(of_slots)) == (5, 3)
+    for comparison in of_slots:
+        assert comparison["ok"], comparison
+        assert comparison["tensors"] > 0
+    for comparison in of_segments:
         assert (comparison["differing"], comparison["unexpected"], comparison["replicas_min"]) == ([], [], 2)
         assert comparison["compared"] == 2 * comparison["tensors"] > 0
-    filled, from_peers, from_warm_disk, from_cold_disk, adopted = [act for act in facts["acts"] if act["blocks"]]
+    moving = [act for act in facts["acts"] if act["blocks"]]
+    filled, from_peers, from_warm_disk, from_cold_disk, refilled, refilled_alone, adopted, pushed = moving
     assert from_peers["bytes_by_source"]["peer"] > 0
     assert from_peers["bytes_by_source"]["disk"] == 0
     for from_disk in (from_warm_disk, from_cold_disk):
@@ -120,6 +128,10 @@ def test_it_brings_a_lost_node_back_from_memory_and_from_disk_and_every_byte_is_
         assert from_disk["bytes_by_source"]["peer"] == 0
         assert from_disk["gb_per_s"] > 0
     assert adopted["gb_per_s"] is None
+    for into_slots in (refilled, refilled_alone, pushed):
+        assert into_slots["bytes_by_source"] == refilled["bytes_by_source"]
+        assert into_slots["bytes_by_source"]["local"] > into_slots["bytes_by_source"]["peer"] > 0
+        assert into_slots["gb_per_s"] > 0
     assert filled["blocks"] == 2 * 6 * facts["comparisons"][0]["tensors"] // 36
 
 
@@ -245,3 +257,14 @@ def test_an_interruption_waits_for_a_safe_point_or_comes_at_once_where_allowed()
 
 def test_free_ports_are_distinct() -> None:
     assert len(set(free_ports(33))) == 33
+
+
+def test_noise_in_an_engines_slots_is_seen(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", "deepseek-v3", layers=5, experts=3, scale=1 / 32)
+    with ExitStack() as stack:
+        rank = Rank(Checkpoint(tmp_path / "c", stack))
+        rank.spoil()
+        found = rank.compare()
+    assert not found["ok"]
+    assert found["tensors"] == 2 * 3 * 6, "two layers; half of three experts and three redundant ones; six tensors each"
+    assert len(found["differing"]) == found["tensors"]
