@@ -26,7 +26,7 @@ class EngineLease:
         self.engine: TransferEngine | None = engine
         self.is_ours = engine is None
         self._host = host
-        self._transport = transport
+        self.transport = transport
         self._towards = towards
         self._registered: list[tuple[int, int]] = []
 
@@ -38,7 +38,7 @@ class EngineLease:
     def start(self) -> TransferEngine:
         """The engine, started if it was not yet. Raises EngineError."""
         if self.engine is None:
-            self.engine = MooncakeEngine(self._host or address_towards(self._towards), self._transport)
+            self.engine = MooncakeEngine(self._host or address_towards(self._towards), self.transport)
         return self.engine
 
     def register(self, ranges: Sequence[tuple[int, int]]) -> None:

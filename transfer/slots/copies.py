@@ -90,6 +90,19 @@ def gather_copies(block: Any, copies: Sequence[SlotCopy]) -> None:
     del held
 
 
+def holds_copies(block: Any, copies: Sequence[SlotCopy]) -> bool:
+    """Whether the addresses have the block's bytes, as after `apply_copies`. Same terms."""
+    base, held = _address_of(block, copies)
+    same = all(
+        np.array_equal(
+            _rows_at(copy.address, copy.address_pitch, copy), _rows_at(base + copy.block_offset, copy.block_pitch, copy)
+        )
+        for copy in copies
+    )
+    del held
+    return same
+
+
 def _address_of(block: Any, copies: Sequence[SlotCopy]) -> tuple[int, npt.NDArray[np.uint8]]:
     held = np.frombuffer(block, np.uint8)
     end = max((c.block_offset + (c.rows - 1) * c.block_pitch + c.run_nbytes for c in copies), default=0)

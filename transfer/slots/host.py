@@ -11,7 +11,7 @@ import xxhash
 
 from shm.checksum import checksum
 from transfer.memory import view
-from transfer.slots.copies import SlotCopy, apply_copies, gather_copies
+from transfer.slots.copies import SlotCopy, apply_copies, gather_copies, holds_copies
 from transfer.slots.table import SlotTable
 
 CHUNK_NBYTES = 256 << 10  # copied, then checksummed while it is still in the core's cache
@@ -50,7 +50,8 @@ class HostSlots:
     """CPU tensors.
 
     A slot that holds whole blocks is checked at the destination, piece by piece as it is filled: what the checksum
-    saw is what is in the slot. A slot with a part of each block cannot be: there the host bytes are checked first.
+    saw is what is in the slot. Of a slot with a part of each block no checksum can be taken: there the host bytes are
+    checked, and what is in the slot then compared with them.
     """
 
     def __init__(self, table: SlotTable) -> None:
@@ -66,10 +67,12 @@ class HostSlots:
         if self._table.is_direct(row):
             return agreed(_copy_and_check(copies, address, nbytes) for copies in slots)
         block = view(address, nbytes)
-        before = UNEQUAL if self._table.is_whole(row) else checksum(block)
         for copies in slots:
             apply_copies(block, copies)
-        return before or self.check(row)
+        if self._table.is_whole(row):
+            return self.check(row)
+        taken = checksum(block)
+        return taken if all(holds_copies(block, copies) for copies in slots) else UNEQUAL
 
     def check(self, row: int) -> bytes:
         nbytes = int(self._table.manifest.nbytes[row])

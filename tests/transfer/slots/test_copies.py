@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shm.errors import InvalidInput
-from transfer.slots.copies import SlotCopy, apply_copies, coalesce, gather_copies, normalise
+from transfer.slots.copies import SlotCopy, apply_copies, coalesce, gather_copies, holds_copies, normalise
 
 
 def run(offset: int, address: int, nbytes: int, tensor: int = 0) -> SlotCopy:
@@ -41,6 +41,7 @@ def test_gather_undoes_apply(rows: int, nbytes: int, gap: int, to_gap: int, star
     copy = normalise(SlotCopy(start, to.ctypes.data, rows, nbytes, nbytes + gap, nbytes + to_gap, 0))
     assert copy.is_contiguous == (rows == 1 or gap == to_gap == 0)
     apply_copies(block.tobytes(), [copy])
+    assert holds_copies(block, [copy])
     back = bytearray(block.nbytes)
     gather_copies(back, [copy])
     expected = np.zeros_like(block)
@@ -48,6 +49,8 @@ def test_gather_undoes_apply(rows: int, nbytes: int, gap: int, to_gap: int, star
         at = slice(start + row * (nbytes + gap), start + row * (nbytes + gap) + nbytes)
         expected[at] = block[at]
     assert bytes(back) == expected.tobytes()
+    to[(rows - 1) * (nbytes + to_gap) + nbytes - 1] ^= 1
+    assert not holds_copies(block, [copy]), "the last byte differs"
 
 
 def test_runs_that_touch_on_both_sides_become_one() -> None:
