@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
 
 REGISTER_PIECE_NBYTES = 1 << 30  # larger RDMA regions were once truncated without a word
+RANGES_MAX = 8192  # in one go: registering takes 0.25 s for 4,000, 4 s for 8,000, and 5 minutes for 89,000
 ITEMS_PER_BATCH_MAX = 1024  # over TCP a batch of 2,048 passes and one of 3,000 is refused
 BATCH_NBYTES_MAX = 128 << 20
 TRANSFER_TIMEOUT_S = 10  # a stopped peer is given up after this; Mooncake's own default is 30
@@ -133,7 +134,13 @@ class MooncakeEngine:
 
     def register(self, ranges: Iterable[tuple[int, int]]) -> None:
         done: list[tuple[int, int]] = []
-        for piece in pieces(ranges):
+        wanted = pieces(ranges)
+        if len(wanted) > RANGES_MAX:
+            raise EngineRefused(
+                f"{len(wanted):,} ranges of memory are too many to register, {RANGES_MAX:,} at most: keep experts in "
+                "fewer, larger tensors"
+            )
+        for piece in wanted:
             # The batch call releases the GIL, the single one does not.
             code = self._engine.batch_register_memory([piece[0]], [piece[1]])
             if code:
