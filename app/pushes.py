@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 
 from app.consumers import Consumer
@@ -23,7 +24,7 @@ from shm.errors import InvalidInput
 from shm.manifest import Manifest
 from shm.segment import Segment
 from transfer.client.http import NodeRefused
-from transfer.engine import TransferEngine
+from transfer.engine import TransferEngine, session_host
 from transfer.errors import NothingToRestore
 from transfer.plan import Batch, Limits, Offer
 from transfer.progress import Progress
@@ -43,7 +44,7 @@ from transfer.restore import Restore
 from transfer.sources import DiskSource, Source, SourceKind
 
 PUSHES_MAX = 16  # that this node does for others at a time
-PUSH_TIMEOUT_S = 120.0  # for a peer's answer to one push
+PUSH_TIMEOUT_S = 30.0  # for a peer's answer to one push; it gives its own writes up after 10 or 20
 BUSY_WAIT_S = 0.25
 BUSY_RETRIES_MAX = 40
 DISK = "disk"
@@ -63,13 +64,26 @@ def build_table(node: Node, document: PushTableDocument) -> PushTable:
             f"the table is of manifest {document.manifest_digest[:12]}…, this node has {manifest.digest[:12]}…: "
             "make it from GET /v1/manifest"
         )
-    peers = node.cluster.holdings().items()
-    nodes = {peer.session_id: node_id for node_id, peer in peers} | {_engine(node).session_id: node.settings.node_id}
+    peers, here = node.cluster.holdings().items(), _engine(node).session_id
+    nodes = {peer.session_id: node_id for node_id, peer in peers} | {here: node.settings.node_id}
     if document.session_id in nodes:
         raise InvalidInput(f"session {document.session_id} is node {nodes[document.session_id]}'s own, not an engine's")
+    if is_loopback(document.session_id) and not is_loopback(here):
+        raise InvalidInput(
+            f"session {document.session_id} is on loopback, where other hosts would find themselves: start the engine "
+            f"on the address of this host that they know, as this node did on {session_host(here)}"
+        )
     forms = [[FormCopy(**copy.model_dump()) for copy in form] for form in document.forms]
     slots = (SlotBases(slot.layer, slot.expert, slot.form, tuple(slot.bases)) for slot in document.slots)
     return PushTable.build(manifest, document.session_id, document.ranges, forms, slots)
+
+
+def is_loopback(session_id: str) -> bool:
+    """Whether a session is one that no other host can reach."""
+    try:
+        return ip_address(session_host(session_id)).is_loopback
+    except ValueError:
+        return session_host(session_id) == "localhost"
 
 
 def _manifest(node: Node) -> Manifest:

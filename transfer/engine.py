@@ -62,6 +62,11 @@ class TransferEngine(Protocol):
         ...
 
 
+def session_host(session_id: str) -> str:
+    """The host in a session id, an IPv6 address without its brackets; empty for what is none."""
+    return session_id.rpartition(":")[0].strip("[]")
+
+
 def set_defaults(transport: str) -> None:
     """Put Mooncake's environment in order for an engine that starts after this; what is set stays."""
     threads = str(max(1, min(TCP_IO_THREADS_MAX, (os.cpu_count() or 2) // 2)))

@@ -19,16 +19,21 @@ class EngineLease:
     def __init__(self, engine: Any, host: str | None, transport: str, towards: tuple[str, int]) -> None:
         """`engine` is Mooncake's, or ours, or None: then one is started when it is needed, reachable at `host`.
 
-        Without a host it is this host's address on the way to `towards`, a host and port.
+        Without a host it is what `suggest_host` says, or this host's address on the way to `towards`, a host and port.
         """
-        if engine is not None and hasattr(engine, "batch_transfer_sync_read"):
-            engine = MooncakeEngine.wrap(engine, host or address_towards(towards))
-        self.engine: TransferEngine | None = engine
+        self.engine: TransferEngine | None = None
+        """None until `start`."""
         self.is_ours = engine is None
-        self._host = host
         self.transport = transport
+        self._lent = engine
+        self._host = host
+        self._suggested: str | None = None
         self._towards = towards
         self._registered: list[tuple[int, int]] = []
+
+    def suggest_host(self, host: str) -> None:
+        """Where this host's node is reached by others: so are we, unless we live in another network namespace."""
+        self._suggested = host
 
     @property
     def has_registered(self) -> bool:
@@ -38,8 +43,19 @@ class EngineLease:
     def start(self) -> TransferEngine:
         """The engine, started if it was not yet. Raises EngineError."""
         if self.engine is None:
-            self.engine = MooncakeEngine(self._host or address_towards(self._towards), self.transport)
+            host = self._host or self._own_address()
+            if self._lent is None:
+                self.engine = MooncakeEngine(host, self.transport)
+            elif hasattr(self._lent, "batch_transfer_sync_read"):
+                self.engine = MooncakeEngine.wrap(self._lent, host)
+            else:
+                self.engine = self._lent
         return self.engine
+
+    def _own_address(self) -> str:
+        if self._suggested is not None and is_own_address(self._suggested):
+            return self._suggested
+        return address_towards(self._towards)
 
     def register(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Open (address, nbytes) ranges, once; in bounded pieces. Raises EngineError."""
@@ -61,6 +77,17 @@ class EngineLease:
         if self.is_ours:
             self.engine, self._registered = None, []
         return self.is_ours
+
+
+def is_own_address(host: str) -> bool:
+    """Whether an IP is one of this host's, in this network namespace. Sends nothing."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(where)
+            return True
+    except OSError:
+        return False
 
 
 def address_towards(host_and_port: tuple[str, int]) -> str:

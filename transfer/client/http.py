@@ -5,6 +5,7 @@ The only place outside `app` with HTTP in it. Everything here blocks: it is for 
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,14 @@ ANSWER_TIMEOUT_S = 2.0
 DOCUMENT_TIMEOUT_S = 30.0  # a manifest or shard map of a large model
 DOCUMENT_NBYTES_MAX = 1 << 30
 CONNECTIONS_MAX = 64
+# A host that lost its power answers nothing, not even that the connection is gone: ask it, and give it up after 5 s.
+NOTICE_DEAD_HOSTS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 5000),
+)
 DEFAULT_PORTS: Mapping[str, int] = {"http": 80, "https": 443}
 
 
@@ -43,7 +52,11 @@ class NodeHttp:
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=CONNECTIONS_MAX),
+            transport=httpx.HTTPTransport(
+                limits=httpx.Limits(max_connections=CONNECTIONS_MAX),
+                socket_options=NOTICE_DEAD_HOSTS,
+                trust_env=False,
+            ),
             trust_env=False,  # nodes are asked directly, never through a proxy
         )
 

@@ -26,6 +26,7 @@ from transfer.client.local_segment import LocalSegment
 from transfer.client.registration import Registration
 from transfer.client.report import FailedExpert, Progress, SlotReport, Tally
 from transfer.client.whereabouts import URLS_ASKED_MAX, Search
+from transfer.engine import session_host
 from transfer.errors import EngineError, RestoreError
 from transfer.push.table import consumer_document
 from transfer.slots import Slots
@@ -292,6 +293,8 @@ class Restorer:
         try:
             document = self._control.node(url)
             self._control.learn(url)
+            if host := session_host(document["session_id"] or ""):
+                self._lease.suggest_host(host)
             if self._model in (None, document["model"]):
                 self._model, self._namespace, self._node = (
                     str(document[name]) for name in ("model", "namespace", "node_id")
