@@ -44,9 +44,9 @@ class BoundSlots:
     """A rank's slots for one manifest. Raises SlotMismatch where they do not fit, before a byte moves."""
 
     def __init__(self, slots: Slots, manifest: Manifest) -> None:
-        self.slots = slots
+        self.slots = slots.keyed_by(manifest)
         self.manifest = manifest
-        self.table = SlotTable(slots.plan(manifest), manifest)
+        self.table = SlotTable(self.slots.plan(manifest), manifest)
         self.device = device_of(slots)
         nbytes = manifest.nbytes[self.table.rows]
         sizes = int(nbytes.max()), int(nbytes.sum())

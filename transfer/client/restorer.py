@@ -205,9 +205,6 @@ class Restorer:
                 raise InvalidInput("no slots are bound: call bind(slots) first")
             check_not_moved(self._slots)
             asked = None if experts is None else sorted({ExpertKey(*key) for key in experts})
-            if strangers := set(asked or ()) - set(self._slots.keys):
-                layer, expert = min(strangers)
-                raise InvalidInput(f"expert {expert} of layer {layer} has no slot on this rank: ask for those it holds")
             return self._restore(self._slots, asked, predicate, progress)
 
     def _restore(
@@ -222,10 +219,14 @@ class Restorer:
             bound, why_not = self._prepare(tally), "the model's manifest could not be had"
         except EngineError as error:  # a device without memory to spare, say
             bound, why_not = None, str(error)
+        slots = slots if bound is None else bound.slots
+        if strangers := set(asked or ()) - set(slots.keys):
+            layer, expert = min(strangers)
+            raise InvalidInput(f"expert {expert} of layer {layer} has no slot on this rank: ask for those it holds")
         if bound is None:
             keys = slots.keys if asked is None else asked
             tally.expect(len(keys), 0)
-            return tally.finish(self._failures({key: [why_not] for key in keys}))
+            return tally.finish(_failures(slots, {key: [why_not] for key in keys}))
         rows = bound.table.rows if asked is None else [bound.manifest.index(*key) for key in asked]
         if predicate is not None:
             rows = [row for row in rows if any(map(predicate, bound.manifest.tensor_names(row)))]
@@ -238,7 +239,7 @@ class Restorer:
             if (gone := self._registration) is not None:  # it names the engine that was thrown away
                 tally.attempt(self.register, gone.consumer_id, ttl_s=gone.ttl_s)
         missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
-        return tally.finish(self._failures(missing))
+        return tally.finish(_failures(slots, missing))
 
     def _climb(self, ladder: Ladder, bound: BoundSlots, tally: Tally) -> None:
         attachment = self._segment.attachment
@@ -259,13 +260,6 @@ class Restorer:
             is_straight = self._is_straight and self._lease.has_registered
             if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
                 break
-
-    def _failures(self, missing: Mapping[ExpertKey, Sequence[str]]) -> tuple[FailedExpert, ...]:
-        assert self._slots is not None
-        nobody = "no source that could be reached has it"
-        return tuple(
-            FailedExpert(key, self._slots.refs(key), "; ".join(reasons) or nobody) for key, reasons in missing.items()
-        )
 
     # -- finding things out ----------------------------------------------------------------------------------
 
@@ -318,3 +312,8 @@ class Restorer:
                 return manifest
         checkpoint = tally.attempt(self._disk.named, self._model)
         return None if checkpoint is None else checkpoint.manifest
+
+
+def _failures(slots: Slots, missing: Mapping[ExpertKey, Sequence[str]]) -> tuple[FailedExpert, ...]:
+    nobody = "no source that could be reached has it"
+    return tuple(FailedExpert(key, slots.refs(key), "; ".join(reasons) or nobody) for key, reasons in missing.items())

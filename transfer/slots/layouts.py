@@ -59,7 +59,7 @@ _KINDS: Mapping[str, str] = {"": "weight", "weight_bias": "bias", "scale_inv": "
 _PROJECTION = r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj|w13|w1|w2|w3)(?:[._](?P<kind>\w+))?"
 _CHECKPOINT_NAME = re.compile(rf"(?:.*\.)?{_PROJECTION}(?:\[[^\]]*\])?")
 _EXPERT_NAME = re.compile(
-    r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?:(?P<expert>\d+)\..+|.+\[(?P<share>\d+)\])"
+    r"(?P<stack>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?:(?P<expert>\d+)\..+|.+\[(?P<share>\d+)\])"
 )
 _FUSED_NAME = re.compile(
     r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?:[a-z_]+\.)?"
@@ -93,11 +93,24 @@ def checkpoint_role(name: str) -> Role:
     return _role(found)
 
 
-def expert_of(name: str) -> tuple[int, int] | None:
-    """(layer, expert) in the name of one expert's tensor, or of a fused one's share; None for other names."""
+class ExpertName(NamedTuple):
+    """What the name of one expert's tensor says. `stack` is what stands before the layers: `model.`, or `mtp.`"""
+
+    stack: str
+    layer: int
+    expert: int
+
+
+def expert_name(name: str) -> ExpertName | None:
+    """Read the name of one expert's tensor, or of a fused one's share; None for other names."""
     if (found := _EXPERT_NAME.fullmatch(name)) is None:
         return None
-    return int(found["layer"]), int(found["expert"] or found["share"])
+    return ExpertName(found["stack"], int(found["layer"]), int(found["expert"] or found["share"]))
+
+
+def expert_of(name: str) -> tuple[int, int] | None:
+    """(layer, expert) in such a name; None for other names."""
+    return None if (found := expert_name(name)) is None else (found.layer, found.expert)
 
 
 class FusedName(NamedTuple):

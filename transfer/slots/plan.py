@@ -71,9 +71,8 @@ class SlotPlan:
         for key, place in places.items():
             schema = rows.get(key)
             if schema is None:
-                raise SlotMismatch(
-                    f"{manifest.model} has no expert {key.expert} in layer {key.layer}: bind no slot to it"
-                )
+                what = f"expert {key.expert} in layer {key.layer}" if place.names is None else min(place.names)
+                raise SlotMismatch(f"{what} is not in the checkpoint of {manifest.model}: bind no slot to it")
             if place.names is not None:
                 _check_names(key, place.names, manifest.schemas[schema])
             pair = (id(place.form), schema)

@@ -12,16 +12,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from shm.block import ExpertKey
-from shm.errors import InvalidInput
+from shm.block import ExpertKey, fill_template
+from shm.errors import BlockUnavailable, InvalidInput
 from shm.manifest import Manifest
 from transfer.slots.layouts import (
     LAYOUTS,
     NO_EXPERT,
     REWRITTEN,
+    ExpertName,
     Form,
     Home,
     Role,
@@ -29,7 +31,7 @@ from transfer.slots.layouts import (
     SlotTensor,
     checkpoint_role,
     describe,
-    expert_of,
+    expert_name,
     fused_name,
     halves,
     home_in,
@@ -126,20 +128,22 @@ class Slots:
     def plain(cls, tensors: Mapping[str, torch.Tensor], *, tp_rank: int = 0, tp_size: int = 1) -> Slots:
         """One tensor an expert, by the names of the checkpoint, `…gate_up_proj[7]` for a share of a fused one.
 
-        With `tp_size` above 1 each holds this rank's part: rows of gate and up, columns of down. Raises
+        With `tp_size` above 1 each holds this rank's part: rows of gate and up, columns of down. Layers of a stack that
+        counts anew (`mtp.layers.0` beside `model.layers.0`) are numbered as in the manifest, once that is known. Raises
         SlotMismatch for a name that is no expert's, and for a tensor that is not plain.
         """
         _check_rank("tp", tp_rank, tp_size)
         if not tensors:
             raise InvalidInput("no tensors: give the experts' tensors by their names in the checkpoint")
-        by_expert: dict[ExpertKey, dict[Role, SlotTensor]] = defaultdict(dict)
+        by_expert: dict[ExpertName, dict[Role, SlotTensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
-            key, role = _expert_key(name), checkpoint_role(name)
-            if role in by_expert[key]:
-                raise SlotMismatch(f"{name} and {by_expert[key][role].name} are the same tensor of {key}: give one")
-            by_expert[key][role] = describe(name, tensor)
+            expert, role = _expert_name(name), checkpoint_role(name)
+            held = by_expert[expert]
+            if role in held:
+                raise SlotMismatch(f"{name} and {held[role].name} are the same tensor of one expert: give one")
+            held[role] = describe(name, tensor)
         builder = _Builder()
-        for key, described in by_expert.items():
+        for key, described in _numbered(by_expert).items():
             builder.add_expert(key, _plain_form(described, tp_rank, tp_size), tuple(described.values()))
         return builder.build()
 
@@ -177,7 +181,18 @@ class Slots:
         Every tensor of each block must have a home of its dtype and shape, and every byte of a slot must be filled
         by one: else SlotMismatch, and the reason.
         """
-        return SlotPlan.build(manifest, self._places, self.tensors)
+        return SlotPlan.build(manifest, self.keyed_by(manifest)._places, self.tensors)
+
+    def keyed_by(self, manifest: Manifest) -> Slots:
+        """The same slots, with each expert under the key that the manifest has for the names of its tensors."""
+        moved: dict[ExpertKey, ExpertKey] = {}
+        for key, place in self._places.items():
+            if place.names is not None and not _is_named(manifest, key, place.names):
+                with suppress(BlockUnavailable):  # names that the model lacks: `plan` says which
+                    moved[key] = manifest.keys[manifest.find(min(place.names))[0]]
+        if not moved:
+            return self
+        return Slots(self.tensors, {moved.get(key, key): place for key, place in self._places.items()})
 
 
 class _Builder:
@@ -281,10 +296,32 @@ def _local_experts(layer: int, maps: SlotMap | None, count: int, ep_rank: int, e
     return experts[ep_rank * count : (ep_rank + 1) * count]
 
 
-def _expert_key(name: str) -> ExpertKey:
-    if (found := expert_of(name)) is None:
+def _expert_name(name: str) -> ExpertName:
+    if (found := expert_name(name)) is None:
         raise SlotMismatch(f"{name} is not the tensor of one expert: leave it out, or name it as the checkpoint does")
-    return ExpertKey(*found)
+    return found
+
+
+def _numbered(by_expert: Mapping[ExpertName, Described]) -> dict[ExpertKey, Described]:
+    """By key. A stack that counts its layers as a larger one does goes behind that, as in a manifest of both."""
+    stacks: dict[str, list[ExpertName]] = defaultdict(list)
+    for expert in by_expert:
+        stacks[expert.stack].append(expert)
+    numbered: dict[ExpertKey, Described] = {}
+    for experts in sorted(stacks.values(), key=len, reverse=True):
+        is_taken = any((expert.layer, expert.expert) in numbered for expert in experts)
+        first = 1 + max(key.layer for key in numbered) if is_taken else 0
+        numbered |= {ExpertKey(first + e.layer, e.expert): by_expert[e] for e in experts}
+    return numbered
+
+
+def _is_named(manifest: Manifest, key: ExpertKey, names: frozenset[str]) -> bool:
+    """Whether the block of that key has tensors of these names, as far as the first one tells."""
+    try:
+        schema = manifest.schema(manifest.index(*key))
+    except BlockUnavailable:
+        return False
+    return fill_template(schema.tensors[0].name, key) in names
 
 
 def _check_rank(what: str, rank: int, size: int) -> None:

@@ -501,7 +501,7 @@ def test_whole_parameters_bound_as_parts_are_refused() -> None:
 
 def test_a_layer_or_expert_that_the_model_has_not_is_refused() -> None:
     model = per_expert((0,), 2, 5, 7, torch.bfloat16)
-    refused(fused_parameters((0, 1), 2, 5, 7, torch.bfloat16), model, "no expert 0 in layer 1")
+    refused(fused_parameters((0, 1), 2, 5, 7, torch.bfloat16), model, "expert 0 in layer 1 is not in the checkpoint")
     refused(fused_parameters((0,), 3, 5, 7, torch.bfloat16), model, "no expert 2 in layer 0")
 
 
@@ -566,7 +566,28 @@ def test_plain_tensors_must_be_exactly_the_blocks() -> None:
     with pytest.raises(SlotMismatch, match="not the tensor of one expert"):
         Slots.plain({"model.layers.0.mlp.shared_experts.gate_proj.weight": mine[gate]})
     with pytest.raises(SlotMismatch, match="are the same tensor"):
-        Slots.plain(mine | {"other." + gate: mine[gate].clone()})
+        Slots.plain(mine | {gate.replace("gate_proj", "w1"): mine[gate].clone()})
+    with pytest.raises(SlotMismatch, match=r"other\..*gate_proj.weight is not in the checkpoint"):
+        Slots.plain(mine | {"other." + gate: mine[gate].clone()}).plan(model.manifest)
+
+
+def test_layers_that_are_counted_anew_are_numbered_as_the_manifest_does() -> None:
+    """Qwen3.5's `mtp.layers.0` beside `model.layers.0`: in the manifest it goes behind the last layer."""
+    model = per_expert((0, 1, 2), 2, 5, 7, torch.bfloat16)
+    ahead = per_expert(
+        (3,), 2, 5, 7, torch.bfloat16, names={p: f"mtp.layers.0.mlp.experts.{{expert}}.{p}_proj" for p in PARTS}
+    )
+    model = Model(model.tensors | ahead.tensors)
+    for layers in ((0, 1, 2, 3), (0, 3), (3,)):
+        named = {n: t for key in model.tensors if key.layer in layers for n, t in model.names(key).items()}
+        mine = {n: noise(t.shape, t.dtype) for n, t in named.items()}
+        slots = Slots.plain(mine).keyed_by(model.manifest)
+        assert {key.layer for key in slots.keys} == set(layers)
+        assert {ref.parameter for ref in slots.refs(ExpertKey(3, 1))} == {
+            n for n in named if "mtp.layers.0.mlp.experts.1" in n
+        }
+        model.fill(slots.plan(model.manifest))
+        assert all(same(mine[n], named[n]) for n in mine)
 
 
 def test_a_projection_of_unknown_name_is_refused() -> None:
