@@ -502,7 +502,7 @@ def test_whole_parameters_bound_as_parts_are_refused() -> None:
 def test_a_layer_or_expert_that_the_model_has_not_is_refused() -> None:
     model = per_expert((0,), 2, 5, 7, torch.bfloat16)
     refused(fused_parameters((0, 1), 2, 5, 7, torch.bfloat16), model, "expert 0 in layer 1 is not in the checkpoint")
-    refused(fused_parameters((0,), 3, 5, 7, torch.bfloat16), model, "no expert 2 in layer 0")
+    refused(fused_parameters((0,), 3, 5, 7, torch.bfloat16), model, "expert 2 in layer 0 is not in the checkpoint")
 
 
 def test_parameters_that_overlap_are_refused() -> None:
