@@ -1,4 +1,4 @@
-"""`hotspare status`: the node, its peers, the coverage and the restores, as one node sees them."""
+"""`hotspare status`: the node, its peers, the coverage, restores and consumers, as one node sees them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SERVICE_UNAVAILABLE = 503
 
 
 def status(url: Url = DEFAULT_URL, token: Token = None, json: Json = False) -> None:
-    """Show a node, its peers, how well the experts are covered, and its restores."""
+    """Show a node, its peers, how well the experts are covered, its restores and its consumers."""
     from app.console import stdout, write_json
     from app.settings import parse_url
 
@@ -40,6 +40,7 @@ def _ask(asking: PeerClient, url: str) -> dict[str, Any]:
         "nodes": (_get(asking, url, "/v1/nodes") or {})["nodes"],
         "coverage": _get(asking, url, "/v1/coverage"),
         "restores": (_get(asking, url, "/v1/restores") or {})["restores"],
+        "consumers": (_get(asking, url, "/v1/consumers") or {})["consumers"],
     }
 
 
@@ -71,6 +72,22 @@ def _tables(document: Mapping[str, Any]) -> Iterator[Table]:
     if document["restores"]:
         columns = ("restore", "into", "state", "blocks>", "bytes>", "local>", "peer>", "disk>", "took>", "")
         yield table("Restores", columns, map(_restore_row, document["restores"][:RESTORES_SHOWN]))
+    if document["consumers"]:
+        titles = ("consumer", "transfers", "blocks in slots>", "bytes>", "expires in>", "")
+        yield table("Consumers", titles, map(_consumer_row, document["consumers"]))
+
+
+def _consumer_row(consumer: Mapping[str, Any]) -> tuple[str, ...]:
+    from app.units import duration, size
+
+    return (
+        consumer["id"],
+        consumer["session_id"],
+        f"{consumer['blocks']} in {consumer['slots']}",
+        size(consumer["bytes"]),
+        duration(consumer["expires_in_s"]),
+        consumer["error"] or "",
+    )
 
 
 def _node_rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -18,12 +18,15 @@ import pytest
 
 from app.cli import main
 from app.models import RestoreRequest
+from shm import attach
 from shm.checksum import checksum
 from shm.layout import SegmentName, SegmentState
 from shm.lookup import object_names
 from shm.segment import Segment
+from transfer import Restorer
 from transfer.checkpoint import read_checkpoint
 from transfer.checkpoint.synth import write_checkpoint
+from transfer.slots import Slots
 from transfer.sources import DiskSource
 
 DEADLINE_S = 20
@@ -419,6 +422,14 @@ def test_status_and_restore_talk_to_a_node(checkpoint: Path, namespace: str, por
         shown = hotspare("status", "--url", url).stdout
         assert "ready" in shown
         assert "14 of 14 blocks" in shown
+        assert "Consumers" not in shown
+        with attach(MODEL, namespace=namespace) as weights, Restorer(url) as restorer:
+            tensors = {name: tensor.clone() for name, tensor in weights.expert(3, 5).items()}
+            restorer.bind(Slots.plain(tensors))
+            restorer.register("rank-3")
+            (consumer,) = json.loads(hotspare("status", "--json", "--url", url).stdout)["consumers"]
+            assert (consumer["id"], consumer["session_id"]) == ("rank-3", restorer.session_id)
+            assert "rank-3" in hotspare("status", "--url", url).stdout
         assert daemon.stop() == 0
 
 
