@@ -28,7 +28,7 @@ from shm.errors import (
     SegmentForeign,
     SegmentUnsealed,
 )
-from shm.layout import ENTRY, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState
+from shm.layout import BLOCK_ALIGNMENT, ENTRY, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState
 from shm.lookup import find_segment, read_header
 from shm.manifest import Manifest
 
@@ -120,7 +120,8 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         # torch keeps this object, and with it the mapping, for as long as a tensor lives.
         self._bytes = (ctypes.c_ubyte * header.total_nbytes).from_address(self._address)
         self._bytes.mapping = mapping  # type: ignore[attr-defined]
-        self._page_lock: PageLock | None = None
+        self._page_locks: list[PageLock] = []
+        self._pinned = np.zeros(len(self._table), dtype=bool)
         self._closed = False
 
     # -- what is here ----------------------------------------------------------------------------------------
@@ -262,21 +263,34 @@ class Attachment(Mapping[str, "torch.Tensor"]):
                 return False
         return self.holds(row)
 
-    def pin(self, device: str | int | None = None) -> None:
-        """Page-lock the mapping for CUDA, read-only and in pieces; undone by `close`. Once is enough, for all devices.
+    def pin(self, rows: Iterable[int] | None = None, device: str | int | None = None) -> None:
+        """Page-lock published blocks for CUDA, all or those of some manifest rows; undone by `close`.
 
-        Takes about 0.05 s a GB, and makes copies to the device run at bus speed. `device` is the one that does it, by
-        default the calling thread's current one. Raises SegmentError without CUDA.
+        Takes about 0.05 s a GB, and makes copies to any device run at bus speed. `device` is the one that does it, by
+        default the calling thread's current one. Once is enough. Raises SegmentError without CUDA.
         """
-        from shm.pinning import PageLock
+        from shm.pinning import PageLock, joined
 
-        self._check_open()
-        if self._page_lock is None:
-            self._page_lock = PageLock(self._address, self._header.total_nbytes, device)
+        here = self.rows()
+        wanted = here if rows is None else np.intersect1d(np.fromiter(rows, np.int64), here)
+        wanted = wanted[~self._pinned[wanted]]
+        if not len(wanted):
+            return
+        entries = np.sort(self._table[wanted][["offset", "nbytes"]], order="offset")
+        starts, nbytes = entries["offset"].astype(np.int64), entries["nbytes"].astype(np.int64)
+        pages = -(-nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+        spans = zip((starts + self._address).tolist(), pages.tolist(), strict=True)
+        self._page_locks.append(PageLock(joined(spans), device))
+        self._pinned[wanted] = True
 
-    @property
-    def pinned(self) -> bool:
-        return self._page_lock is not None
+    def is_pinned(self, rows: Iterable[int] | None = None) -> bool:
+        """Whether these blocks, or all that are published here, are page-locked."""
+        return bool(self._pinned[self.rows() if rows is None else np.fromiter(rows, np.int64)].all())
+
+    def pinned_edges(self) -> npt.NDArray[np.int64]:
+        """Addresses, ascending, at which page-locked pieces begin or end: CUDA refuses a copy that crosses one."""
+        pieces = [piece for lock in self._page_locks for piece in lock.pieces]
+        return np.unique(np.array([(address, address + nbytes) for address, nbytes in pieces], np.int64))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -284,9 +298,10 @@ class Attachment(Mapping[str, "torch.Tensor"]):
 
     def close(self) -> None:
         """Undo `pin` and let the mapping go; tensors handed out stay valid. Harmless when repeated."""
-        if self._page_lock is not None:
-            self._page_lock.release()
-            self._page_lock = None
+        for lock in self._page_locks:
+            lock.release()
+        self._page_locks.clear()
+        self._pinned[:] = False
         if not self._closed:  # the manifest's tables lie in the mapping
             rows, ranges = self.manifest.rows.copy(), self.manifest.ranges.copy()
             self.manifest = replace(self.manifest, rows=rows, ranges=ranges)

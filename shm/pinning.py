@@ -1,12 +1,13 @@
 """Page-locking shared memory for CUDA, in the engine's process only.
 
 A `PROT_READ`, `MAP_SHARED` mapping registers with the read-only flag and copies at the bus's speed. Some drivers
-refuse hundreds of GiB in one call, so a range is registered in pieces, and unregistered before it is unmapped.
+refuse hundreds of GiB in one call, so memory is registered in pieces, and unregistered before it is unmapped. CUDA
+refuses a copy that crosses from one piece into another (error 1, also where they touch): pieces are of whole blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,30 +19,45 @@ READ_ONLY = 8  # cudaHostRegisterReadOnly
 
 
 class PageLock:
-    """A range that is page-locked until `release`."""
+    """Pieces of memory that are page-locked until `release`."""
 
-    def __init__(self, address: int, nbytes: int, device: str | int | None = None) -> None:
-        """Raises SegmentError, with nothing left locked. `device` does it; by default the thread's current one."""
-        self._pieces: list[int] = []
+    def __init__(self, pieces: Iterable[tuple[int, int]], device: str | int | None = None) -> None:
+        """`pieces` are (address, nbytes), of whole pages; `device` locks them, by default the thread's current one.
+
+        Raises SegmentError, with nothing left locked.
+        """
+        self.pieces: list[tuple[int, int]] = []
         self._device: str | int | None = device
         with _cudart(device) as (cudart, self._device):
-            for start in range(address, address + nbytes, PIECE_NBYTES):
-                piece = min(PIECE_NBYTES, address + nbytes - start)
-                if code := int(cudart.cudaHostRegister(start, piece, PORTABLE | READ_ONLY)):
+            for address, nbytes in pieces:
+                if code := int(cudart.cudaHostRegister(address, nbytes, PORTABLE | READ_ONLY)):
                     self.release()
                     raise SegmentError(
-                        f"cudaHostRegister of {piece:,} bytes gave error {code}: raise the memory-lock limit (`ulimit "
+                        f"cudaHostRegister of {nbytes:,} bytes gave error {code}: raise the memory-lock limit (`ulimit "
                         "-l unlimited`, containers: `--ulimit memlock=-1`), or go on unpinned"
                     )
-                self._pieces.append(start)
+                self.pieces.append((address, nbytes))
 
     def release(self) -> None:
-        """Undo it; before the range is unmapped. Harmless when repeated."""
-        pieces, self._pieces = self._pieces, []
+        """Undo it; before the memory is unmapped. Harmless when repeated."""
+        pieces, self.pieces = self.pieces, []
         if pieces:
             with _cudart(self._device) as (cudart, _):
-                for address in pieces:
+                for address, _ in pieces:
                     cudart.cudaHostUnregister(address)
+
+
+def joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ascending (address, nbytes) of blocks as pieces: those that touch become one, of up to PIECE_NBYTES."""
+    address = end = 0
+    for start, nbytes in spans:
+        if start != end or start + nbytes - address > PIECE_NBYTES:
+            if end:
+                yield address, end - address
+            address = start
+        end = start + nbytes
+    if end:
+        yield address, end - address
 
 
 @contextmanager

@@ -345,7 +345,7 @@ def local_figures(figures: Figures, url: str, held: Experts, right: Experts, lay
         figures.add("bind: attach, page-lock, host buffers (once)", [time.perf_counter() - started])
         attachment = restorer._segment.attachment
         assert attachment is not None
-        assert attachment.pinned
+        assert attachment.is_pinned()
         restored(restorer, held, "local")
         figures.add_all(in_turn({BARE_COPY: bare_copy(attachment, figures.nbytes), LOCAL: restorer.restore}))
         poison(held)

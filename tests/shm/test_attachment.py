@@ -578,7 +578,7 @@ def test_pinning_without_cuda_says_that_everything_else_works(sealed: Callable[.
     with attach("tiny", namespace=namespace) as weights:
         with pytest.raises(SegmentError, match="no CUDA device here"):
             weights.pin()
-        assert not weights.pinned
+        assert not weights.is_pinned()
         assert weights.verify() == []
 
 
@@ -602,22 +602,47 @@ class FakeCudart:
         return 0
 
 
-def test_pinning_covers_the_mapping_once_in_pieces_and_closing_undoes_it(
+def test_pinning_covers_every_block_once_in_pieces_of_whole_blocks_and_closing_undoes_it(
     sealed: Callable[..., Segment], namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sealed()
     cudart = FakeCudart()
     monkeypatch.setattr("shm.pinning._cudart", lambda device: nullcontext((cudart, 0)))
-    monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 3 * 4096)
+    monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 5 * 4096)
     weights = attach("tiny", namespace=namespace)
     weights.pin()
     weights.pin()
-    assert weights.pinned
-    assert sum(cudart.pinned.values()) == weights.nbytes
+    assert weights.is_pinned()
     ends = [address + nbytes for address, nbytes in cudart.pinned.items()]
-    assert list(cudart.pinned)[1:] == ends[:-1]
+    assert len(ends) > 1
+    assert list(cudart.pinned)[1:] == ends[:-1], "nothing between them"
+    assert {address % 4096 for address in (*cudart.pinned, *ends)} == {0}
+    for row in weights.rows().tolist():
+        block = weights.address(row), weights.address(row) + len(weights.block(row))
+        assert sum(a <= block[0] and block[1] <= a + n for a, n in cudart.pinned.items()) == 1, "no block in two pieces"
+    assert weights.pinned_edges().tolist() == sorted({*cudart.pinned, *ends})
     assert cudart.flags == {1 | 8}
     weights.close()
+    assert cudart.pinned == {}
+
+
+def test_blocks_are_pinned_as_they_are_asked_for(
+    sealed: Callable[..., Segment], namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed()
+    cudart = FakeCudart()
+    monkeypatch.setattr("shm.pinning._cudart", lambda device: nullcontext((cudart, 0)))
+    with attach("tiny", namespace=namespace) as weights:
+        rows = weights.rows().tolist()
+        weights.pin(rows[1:3])
+        assert weights.is_pinned(rows[1:3])
+        assert not weights.is_pinned(rows[:2])
+        assert list(cudart.pinned) == [weights.address(rows[1])], "blocks that touch are one piece"
+        weights.pin([*rows[:2], len(weights.manifest) - 1])
+        assert weights.is_pinned(rows[:3])
+        assert list(cudart.pinned)[1] == weights.address(rows[0]), "and none is pinned twice"
+        weights.pin()
+        assert weights.is_pinned()
     assert cudart.pinned == {}
 
 
@@ -627,12 +652,12 @@ def test_a_failed_pinning_leaves_nothing_pinned_and_says_what_to_raise(
     sealed()
     cudart = FakeCudart(fails_at=2)
     monkeypatch.setattr("shm.pinning._cudart", lambda device: nullcontext((cudart, 0)))
-    monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 3 * 4096)
+    monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 4096)
     with attach("tiny", namespace=namespace) as weights:
         with pytest.raises(SegmentError, match=r"gave error 2: raise the memory-lock limit"):
             weights.pin()
         assert cudart.pinned == {}
-        assert not weights.pinned
+        assert not weights.is_pinned()
 
 
 def test_addresses_differ_between_attachments_and_bytes_do_not(sealed: Callable[..., Segment], namespace: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from shm.attachment import Attachment
 from shm.manifest import Manifest
 from transfer.slots import Slots
 from transfer.slots.host import HostSlots, SlotMemory
@@ -51,6 +52,7 @@ class BoundSlots:
         nbytes = manifest.nbytes[self.table.rows]
         sizes = int(nbytes.max()), int(nbytes.sum())
         self.memory: SlotMemory
+        self._on_gpu: DeviceSlots | None = None
         if self.device == CPU:
             self.staging = Staging(*sizes)
             self.memory = HostSlots(self.table)
@@ -60,7 +62,7 @@ class BoundSlots:
             cuda = Cuda(self.device)
             self.staging = Staging(*sizes, cuda.allocate)
             with cuda.current():
-                self.memory = self._on_device(cuda)
+                self.memory = self._on_gpu = self._on_device(cuda)
 
     def _on_device(self, cuda: Cuda) -> DeviceSlots:
         """The processor takes the checksums where the device cannot: it lacks the compiler, or memory to spare."""
@@ -74,6 +76,12 @@ class BoundSlots:
         except DeviceFailed as error:
             _log.warning("the processor takes the checksums of GPU slots, which is slower: %s", error)
         return DeviceSlots(self.table, cuda, self.staging)
+
+    def page_lock(self, attachment: Attachment) -> None:
+        """Page-lock the blocks that these slots take, if they are on a device. Raises SegmentError."""
+        if self._on_gpu is not None:
+            attachment.pin(self.table.rows, self.device)
+            self._on_gpu.edges = attachment.pinned_edges()
 
     def close(self, *, is_engine_gone: bool) -> None:
         """Give the ring back."""

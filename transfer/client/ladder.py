@@ -40,7 +40,7 @@ class Ladder:
         rows = [row for row in self.missing if row in held]
         if not rows:
             return
-        staging = None if self._bound.device == CPU or attachment.pinned else self._bound.staging
+        staging = None if self._bound.device == CPU or attachment.is_pinned(rows) else self._bound.staging
         total = int(self._bound.manifest.nbytes[rows].sum())
         source = LocalSlots(LOCAL, attachment, self._bound.memory, total, staging)
         self._run(rows, {row: [Offer(LOCAL, held[row].address)] for row in rows}, [[source]])

@@ -245,7 +245,7 @@ class Restorer:
         attachment = self._segment.attachment
         is_same = attachment is not None and attachment.manifest == bound.manifest
         held = self._segment.held(ladder.missing) if is_same else {}
-        bound.memory.follow()
+        bound.memory.follow(wait=self._is_straight)
         if attachment is not None:
             ladder.climb_local(attachment, held)
         for attempt in range(PEER_PASSES_MAX):
@@ -277,8 +277,8 @@ class Restorer:
             self._bound = None
         if self._bound is None:
             self._bound = BoundSlots(self._slots, manifest)
-        if attachment is not None and self._bound.device != CPU:
-            tally.attempt(attachment.pin, self._bound.device)
+        if attachment is not None:
+            tally.attempt(self._bound.page_lock, attachment)
         return self._bound
 
     def _ask_node(self, tally: Tally) -> None:

@@ -52,16 +52,19 @@ class DeviceSlots:
         self._cuda = cuda
         self._staging = staging
         self._checksums = checksums
+        self.edges: Int64s = np.empty(0, np.int64)
+        """Where page-locked pieces of host memory begin or end, ascending: CUDA refuses a copy that crosses one."""
         self.lanes = LANES if checksums else LANES_HASHING
         self._streams = tuple(cuda.open_stream() for _ in range(self.lanes))
         self._free: queue.LifoQueue[Lane] = queue.LifoQueue()
         for stream in self._streams:
             self._free.put(Lane(stream, checksums.open_workspace() if checksums else None))
 
-    def follow(self) -> None:
-        """Let the copies to come wait for what the engine has queued on the device until now."""
+    def follow(self, *, wait: bool) -> None:
         for stream in self._streams:
             stream.follow()
+        if wait:
+            self._streams[0].wait()
 
     def put(self, blocks: Sequence[tuple[int, int]]) -> dict[int, bytes]:
         if not blocks:
@@ -142,10 +145,12 @@ class DeviceSlots:
         """Queue runs that lie at equal distances as the rows of one matrix; returns the indices of the others.
 
         The same tensor of neighbouring experts is such a matrix. A copy costs the bus some 5 us whatever its size, and
-        an expert's fp8 scales are of 3.5 KB each. All rows are of one tensor: CUDA refuses two allocations in one copy.
+        an expert's fp8 scales are of 3.5 KB each. All rows are of one tensor and of one page-locked piece: CUDA refuses
+        two allocations in one copy.
         """
-        order = np.lexsort((source, runs["block_offset"], runs["tensor"], runs["run_nbytes"]))
-        alike = runs[["run_nbytes", "tensor"]][order].tolist()
+        piece = np.searchsorted(self.edges, source, "right") if way == "to_device" else np.zeros(len(runs), np.int64)
+        order = np.lexsort((source, runs["block_offset"], piece, runs["tensor"], runs["run_nbytes"]))
+        alike = list(zip(*(each[order].tolist() for each in (runs["run_nbytes"], runs["tensor"], piece)), strict=True))
         places = list(zip(to[order].tolist(), source[order].tolist(), strict=True))
         alone: list[int] = []
         at = 0
@@ -161,11 +166,11 @@ class DeviceSlots:
 
 
 def _equidistant(
-    places: Sequence[tuple[int, int]], alike: Sequence[tuple[int, int]], first: int
+    places: Sequence[tuple[int, int]], alike: Sequence[tuple[int, int, int]], first: int
 ) -> tuple[int, tuple[int, int]]:
     """How many runs from `first` on make a matrix, and its pitches at the destination and at the source.
 
-    `places` are addresses at both; `alike` are sizes and tensors, which a matrix has one of.
+    `places` are addresses at both; `alike` are sizes, tensors and page-locked pieces: a matrix has one of each.
     """
     pitches, end = (0, 0), first + 1
     while end < len(places) and alike[end] == alike[first]:

@@ -41,8 +41,11 @@ class SlotMemory(Protocol):
         """Copy a block from its first slot to the others."""
         ...
 
-    def follow(self) -> None:
-        """Let copies to come wait for what the calling thread has queued on the device until now."""
+    def follow(self, *, wait: bool) -> None:
+        """Let copies to come wait for what the calling thread has queued on the device until now.
+
+        With `wait`, until that is done: for a transfer engine that writes to the memory itself, and knows no streams.
+        """
         ...
 
 
@@ -79,7 +82,7 @@ class HostSlots:
         take = _check if self._table.is_direct(row) else _gather_and_check
         return agreed(take(copies, nbytes) for copies in self._table.by_slot(row))
 
-    def follow(self) -> None:
+    def follow(self, *, wait: bool) -> None:
         """Nothing is ever queued on a CPU."""
 
     def spread(self, row: int) -> None:

@@ -293,7 +293,7 @@ def test_before_any_segment_is_there_everything_is_listed_and_later_it_comes(own
 
 
 def test_a_device_that_fails_is_reported_and_not_raised(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise DeviceFailed("3,333 bytes on cuda:1 could not be had")
 
     owner.segment.unlink()

@@ -78,7 +78,7 @@ def test_slots_hold_the_experts_whatever_the_engine_had_queued(
             with stream:
                 rank.spoil_when_done()
                 report = restorer.restore()
-            assert report.ok, report
+            assert report.ok, [report.failed[:1], report.notes]
             assert report.bytes_by_source["peer"] > 0
             assert (report.bytes_by_source["local"] > 0) == (not options)
             assert rank.is_right
@@ -92,3 +92,17 @@ def test_slots_hold_the_experts_whatever_the_engine_had_queued(
         wait_until(lambda: httpx.get(at).json()["state"] in ("succeeded", "failed"), "ended")
         assert httpx.get(at).json()["state"] == "succeeded"
         assert rank.is_right
+
+
+def test_a_segment_that_is_page_locked_in_several_pieces_is_copied_all_the_same(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 2 * 16384)  # a block has 11,520 bytes: two in a piece
+    nodes = cluster("qwen", tiny_qwen3_moe, count=1, replicas=1)
+    rank = Rank(tiny_qwen3_moe, 0, 1)
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        report = restorer.restore()
+    assert report.ok, report
+    assert report.bytes_by_source["local"] == report.bytes_total
+    assert rank.is_right

@@ -139,7 +139,7 @@ def test_every_slot_and_its_siblings_get_the_blocks_bytes(cuda: Any, tp: int, ra
     table = SlotTable(slots.plan(of), of)
     memory = DeviceSlots(table, cuda, Staging(int(of.nbytes.max()), int(of.nbytes.sum()), cuda.allocate))
     given, content, _alive = blocks(of)
-    memory.follow()
+    memory.follow(wait=False)
     assert memory.put(given) == {row: checksum(memoryview(block)) for row, block in enumerate(content)}
     for slot, expert in enumerate(placement[1]):
         for kind in ("weight", "weight_scale_inv"):
@@ -204,6 +204,27 @@ def test_neighbours_are_copied_together_and_never_two_tensors(
     for slot, expert in enumerate(placement):
         down = held["model.layers.1.mlp.experts.w2_weight"][slot]
         assert torch.equal(raw(down), tensor(of, content[expert], "down_proj.weight"))
+
+
+def test_no_matrix_crosses_from_one_page_locked_piece_into_another(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, held = manifest(), parameters(EXPERTS, 1)
+    table = SlotTable(Slots.fused(held).plan(of), of)
+    memory = DeviceSlots(table, cuda, Staging(int(of.nbytes.max()), int(of.nbytes.sum()), cuda.allocate))
+    given, content, _alive = blocks(of)
+    memory.edges = np.array([given[2][1]], np.int64)  # the third block begins another piece
+    matrices: list[tuple[int, int]] = []
+    copy_rows = cuda.rows
+
+    def rows(way: str, to: tuple[int, int], source: tuple[int, int], shape: tuple[int, int], stream: Any) -> None:
+        matrices.append((source[0], source[0] + (shape[0] - 1) * source[1] + shape[1]))
+        copy_rows(way, to, source, shape, stream)
+
+    monkeypatch.setattr(cuda, "rows", rows)
+    assert memory.put(given) == {row: checksum(memoryview(block)) for row, block in enumerate(content)}
+    edge = given[2][1]
+    assert any(start < edge for start, _ in matrices)
+    assert any(start >= edge for start, _ in matrices)
+    assert not [span for span in matrices if span[0] < edge < span[1]]
 
 
 def test_nothing_is_copied_for_nothing(cuda: Any) -> None:
