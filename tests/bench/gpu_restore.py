@@ -45,6 +45,7 @@ LOADER_THREADS = (1, 8, 16)
 READER_THREADS = (1, 2, 3, 4)
 ITEM_NBYTES = 8 << 20
 CALL_NBYTES = 128 << 20
+ONE_CALL_ITEMS_MIB = (14, 40)
 LOCAL = "restore, local shared memory, verified"
 REMOTE = "restore, a peer over TCP, verified"
 BARE_COPY = "bare page-locked copy of the segment"
@@ -184,14 +185,16 @@ def torch_pinned_copy(nbytes: int) -> list[float]:
     return best(lambda: to.copy_(host, non_blocking=True))
 
 
-def in_items(copies: Sequence[Copy]) -> list[list[Copy]]:
-    """Calls of at most CALL_NBYTES, of items of at most ITEM_NBYTES."""
+def in_items(
+    copies: Sequence[Copy], item_nbytes: int = ITEM_NBYTES, call_nbytes: int = CALL_NBYTES
+) -> list[list[Copy]]:
+    """Calls of at most `call_nbytes`, of items of at most `item_nbytes`."""
     calls: list[list[Copy]] = [[]]
     nbytes = 0
     for to, source, size in copies:
-        for at in range(0, size, ITEM_NBYTES):
-            item = Copy(to + at, source + at, min(ITEM_NBYTES, size - at))
-            if nbytes + item.nbytes > CALL_NBYTES:
+        for at in range(0, size, item_nbytes):
+            item = Copy(to + at, source + at, min(item_nbytes, size - at))
+            if nbytes + item.nbytes > call_nbytes:
                 calls.append([])
                 nbytes = 0
             calls[-1].append(item)
@@ -200,10 +203,8 @@ def in_items(copies: Sequence[Copy]) -> list[list[Copy]]:
 
 
 def bare_read(
-    read: Callable[[str, Sequence[Copy]], None], session_id: str, copies: Sequence[Copy], threads: int
+    read: Callable[[str, Sequence[Copy]], None], session_id: str, calls: Sequence[Sequence[Copy]], threads: int
 ) -> Callable[[], object]:
-    calls = in_items(copies)
-
     def run() -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda call: read(session_id, call), calls))
@@ -308,7 +309,7 @@ class Figures:
         print(f"{what:<56} {value:8.3f}{spread}{verdict}", flush=True)
 
     def best_of(self, prefix: str) -> str:
-        """The fastest of `prefix`, N threads."""
+        """The fastest of `prefix`, N threads or calls."""
         return max(
             (what for what in self.rates if what.startswith(f"{prefix}, ") and what[len(prefix) + 2].isdigit()),
             key=self.rates.__getitem__,
@@ -408,7 +409,10 @@ def remote_figures(
         runs: dict[str, Callable[[], object]] = {REMOTE: restorer.restore}
         for threads in READER_THREADS:
             for verb, read in {BARE_READ: waiting_read(engine), POLLED_READ: engine.read}.items():
-                runs[f"{verb}, {threads} threads"] = bare_read(read, session_id, copies, threads)
+                runs[f"{verb}, {threads} threads"] = bare_read(read, session_id, in_items(copies), threads)
+        for mib in ONE_CALL_ITEMS_MIB:
+            calls = in_items(copies, mib << 20, figures.nbytes)
+            runs[f"{BARE_READ}, 1 call, items of {mib} MiB"] = bare_read(waiting_read(engine), session_id, calls, 1)
         figures.add_all(in_turn(runs, REPEATS))
         engine.unregister(ranges)
     if more:
