@@ -98,7 +98,9 @@ class Hosts:
         """Let it send only so much."""
         shape = ["tbf", "rate", SLOW, "burst", "32kb", "latency", "400ms"]
         command = [*self.at(host), "tc", "qdisc", "add", "dev", self._ends[host], "root", *shape]
-        subprocess.run(command, check=True, capture_output=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"this kernel cannot slow a link down: {done.stderr.strip()}")
 
     def sent_nbytes(self, host: str) -> int:
         said = self._ip("-n", self.names[host], "-s", "-j", "link", "show", self._ends[host])
@@ -120,7 +122,10 @@ class Hosts:
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    made = Hosts()
+    try:
+        made = Hosts()
+    except subprocess.CalledProcessError as error:  # a container without the right to
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
     yield made
     made.close()
 
