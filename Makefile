@@ -57,6 +57,7 @@ sglang: setup $(SGLANG)/.set-up
 	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/sglang
 
 bench: setup
+	@$(BIN)/python -m compileall -q app shm transfer
 	@set -e; for script in $(wildcard tests/bench/*_figures.py); do echo "== $$script"; $(BIN)/python $$script; done
 	@$(if $(wildcard tests/bench/test_*.py),$(BIN)/python -m pytest tests/bench -m bench -s,true)
 
