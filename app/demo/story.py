@@ -177,7 +177,10 @@ class Story:
         with self.stage.act("  attach from another process, compare with the checkpoint") as act:
             found = self._compare()
             act.note = self._conclude(compared, found)
-        for difference in (found["differing"] + found["unexpected"])[:DIFFERENCES_SHOWN]:
+        self._show_differences(found)
+
+    def _show_differences(self, found: Mapping[str, Any]) -> None:
+        for difference in (found["differing"] + found.get("unexpected", []))[:DIFFERENCES_SHOWN]:
             self.stage.console.print(f"           {difference}", markup=False)
 
     def _conclude(self, compared: Act, found: Mapping[str, Any]) -> str:
@@ -280,6 +283,7 @@ class Story:
         with self.stage.act("  compare the slots, in the engine, with the checkpoint") as act:
             found = rank.ask("compare")
             act.note = self._conclude(compared, found)
+        self._show_differences(found)
 
     def adopt(self) -> None:
         """A killed daemon loses nothing: the next one takes the segment over."""

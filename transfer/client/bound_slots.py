@@ -50,7 +50,7 @@ class BoundSlots:
         self.table = SlotTable(self.slots.plan(manifest), manifest)
         self.device = device_of(slots)
         nbytes = manifest.nbytes[self.table.rows]
-        sizes = int(nbytes.max()), int(nbytes.sum())
+        sizes = int(nbytes.max(initial=1)), int(nbytes.sum())  # a rank may hold no expert at all
         self.memory: SlotMemory
         self._on_gpu: DeviceSlots | None = None
         if self.device == CPU:
@@ -71,7 +71,7 @@ class BoundSlots:
         from transfer.cuda.slots import DeviceSlots
 
         try:
-            if can_take(self.table):
+            if self.table.rows and can_take(self.table):
                 return DeviceSlots(self.table, cuda, self.staging, DeviceChecksums(self.table, cuda))
         except DeviceFailed as error:
             _log.warning("the processor takes the checksums of GPU slots, which is slower: %s", error)

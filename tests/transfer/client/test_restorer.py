@@ -161,6 +161,17 @@ def test_a_redundant_expert_is_counted_once_and_lies_in_each_of_its_slots(owner:
         assert_untouched(held, layer, 3)
 
 
+def test_a_rank_without_experts_has_nothing_to_restore(owner: Owner) -> None:
+    held = parameters(2)
+    placement = [*range(EXPERTS), NO_EXPERT, NO_EXPERT, NO_EXPERT]
+    slots = Slots.fused(held, physical_to_logical=dict.fromkeys(range(LAYERS), placement), ep_rank=3, ep_size=4)
+    with owner.restorer() as restorer:
+        restorer.bind(slots)
+        report = restorer.restore()
+    assert (report.ok, report.experts_total, report.failed) == (True, 0, ())
+    assert_untouched(held, 1, 1)
+
+
 @pytest.mark.parametrize("rank", range(ROWS))
 def test_a_tensor_parallel_part_is_filled_from_whole_blocks(owner: Owner, rank: int) -> None:
     held = parameters(tp=ROWS)
