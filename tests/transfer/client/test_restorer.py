@@ -26,6 +26,7 @@ from transfer.checkpoint import read_checkpoint
 from transfer.client.report import SlotReport
 from transfer.cuda.driver import DeviceFailed
 from transfer.engine import MooncakeEngine
+from transfer.errors import EngineRefused
 from transfer.slots import SlotRef, Slots
 from transfer.slots.layouts import NO_EXPERT, SlotMismatch
 
@@ -449,6 +450,24 @@ def test_a_rotten_block_comes_from_the_next_replica(tiny_qwen3_moe: Path, cluste
     assert report.ok, report
     assert report.bytes_by_source["peer"] == int(rank.manifest.nbytes[-1])
     assert rank.is_right
+
+
+def test_slots_in_too_many_ranges_are_filled_by_way_of_host_buffers(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mooncake takes time that grows with the square of the ranges: five minutes for one tensor each of DeepSeek-V3."""
+    monkeypatch.setattr("transfer.engine.RANGES_MAX", 2)
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=1)
+    rank = Rank(tiny_qwen3_moe, "qwen")
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        report = restorer.restore()
+        assert report.ok, report
+        assert report.bytes_by_source["peer"] > 0
+        assert rank.is_right
+        assert any("too many to register" in note for note in report.notes)
+        with pytest.raises(EngineRefused, match="keep experts in fewer, larger tensors"):
+            restorer.register("rank-0")
 
 
 def test_a_stopped_node_is_left_aside(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
