@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
-from shm import posix
 from shm.attachment import Attachment, HeldBlock, attach
 from shm.errors import HotspareError, SegmentError
 from shm.layout import SegmentState
-from shm.lookup import read_header
+from shm.lookup import open_header
 
 
 class LocalSegment:
@@ -40,22 +38,15 @@ class LocalSegment:
 
     @staticmethod
     def _is_current(attachment: Attachment) -> bool:
-        object_name = attachment.name.object_name
         try:
-            fd = posix.open_existing(object_name, read_only=True)
+            header = open_header(attachment.name.object_name)
         except HotspareError:
             return False
-        try:
-            header = read_header(fd, object_name)
-            return (header.generation, header.total_nbytes, header.state) == (
-                attachment.generation,
-                attachment.nbytes,
-                SegmentState.SEALED,
-            )
-        except HotspareError:
-            return False
-        finally:
-            os.close(fd)
+        return (header.generation, header.total_nbytes, header.state) == (
+            attachment.generation,
+            attachment.nbytes,
+            SegmentState.SEALED,
+        )
 
     def close(self) -> None:
         """Undo the page-locking, and let the mapping go."""
