@@ -603,18 +603,21 @@ class FakeCudart:
 
 
 def test_pinning_covers_every_block_once_in_pieces_of_whole_blocks_and_closing_undoes_it(
-    sealed: Callable[..., Segment], namespace: str, monkeypatch: pytest.MonkeyPatch
+    sealed: Callable[..., Segment],
+    make_manifest: Callable[..., Manifest],
+    namespace: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sealed()
+    sealed(manifest=make_manifest(2, 5, rows=33, cols=57))  # blocks of three pages, two in a piece
     cudart = FakeCudart()
     monkeypatch.setattr("shm.pinning._cudart", lambda device: nullcontext((cudart, 0)))
-    monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 5 * 4096)
+    monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 8 * 4096)
     weights = attach("tiny", namespace=namespace)
     weights.pin()
     weights.pin()
     assert weights.is_pinned()
     ends = [address + nbytes for address, nbytes in cudart.pinned.items()]
-    assert len(ends) > 1
+    assert [nbytes // 4096 for nbytes in cudart.pinned.values()] == [6] * 5
     assert list(cudart.pinned)[1:] == ends[:-1], "nothing between them"
     assert {address % 4096 for address in (*cudart.pinned, *ends)} == {0}
     for row in weights.rows().tolist():
