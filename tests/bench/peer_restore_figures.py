@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from workbench import GIB, MODEL, Bench, Daemon, Figure, arguments, bench, paired, shape_of, tell
 
-from app.daemon import silence_native_output
-from app.peers import PeerBlocks, PeerClient
-from app.segment_destination import SegmentDestination
+from app.cli.daemon import silence_native_output
+from app.cluster.peers import PeerBlocks, PeerClient
+from app.node.destination import SegmentDestination
 from shm import posix
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint

@@ -1,0 +1,331 @@
+"""A node's view of peers that come, go, disagree and lie, over real HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import pytest
+
+from app.cluster import cluster as cluster_module
+from app.cluster.cluster import Cluster
+from app.cluster.membership import FAILURES_MAX, SUSPECT_AFTER_S, Membership, PeerState
+from app.cluster.peers import PeerClient
+from shm.errors import InvalidInput, ManifestError
+from shm.manifest import Manifest
+
+CHECKSUM = "0123456789abcdef" * 2
+
+
+class Script:
+    """What a peer says; change it, and it says that from then on."""
+
+    def __init__(self, peer: Any, node_id: str, manifest: Manifest | None) -> None:
+        self.peer = peer
+        self.url = peer.url
+        self.manifest = manifest
+        self.node = {
+            "node_id": node_id, "model": "tiny", "namespace": "ns", "state": "ready", "session_id": f"{node_id}:1",
+            "revision": "1", "replicas": 2, "manifest_digest": manifest.digest if manifest else None,
+        }  # fmt: skip
+        self.experts = [(0, 0), (1, 3)]
+        peer.answers |= {
+            "GET /v1/node": lambda: (200, orjson.dumps(self.node)),
+            "GET /v1/manifest": self._manifest,
+            "GET /v1/shard-map": lambda: (200, orjson.dumps(self._map())),
+        }
+
+    def _manifest(self) -> tuple[int, bytes]:
+        return (200, orjson.dumps(self.manifest.to_json())) if self.manifest else (503, b"{}")
+
+    def _map(self) -> dict[str, Any]:
+        where = {"node_id": self.node["node_id"], "session_id": self.node["session_id"], "address": 3333}
+        experts = [
+            {"layer": layer, "expert": expert, "nbytes": 7, "checksum": CHECKSUM, "replicas": [where]}
+            for layer, expert in self.experts
+        ]
+        return {
+            "model": "tiny", "manifest_digest": self.node["manifest_digest"], "revision": self.node["revision"],
+            "experts": experts, "dense": [],
+        }  # fmt: skip
+
+    def maps_asked(self) -> int:
+        return int(self.peer.asked.count("GET /v1/shard-map"))
+
+
+@pytest.fixture
+def manifest(make_manifest: Callable[..., Manifest]) -> Manifest:
+    return make_manifest()
+
+
+@pytest.fixture
+def peer(odd_peer: Callable[[], Any], manifest: Manifest) -> Script:
+    return Script(odd_peer(), "p", manifest)
+
+
+@pytest.fixture
+def cluster_of() -> Iterator[Callable[..., Cluster]]:
+    clients: list[PeerClient] = []
+
+    def make(*scripts: Script, names: str = "pqr") -> Cluster:
+        urls = {name: script.url for name, script in zip(names, scripts, strict=False)}
+        clients.append(PeerClient())
+        return Cluster(Membership(urls, model="tiny", namespace="ns"), clients[-1])
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def test_what_a_peer_published_is_known_after_one_look(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.use_manifest(manifest, "placed")
+    cluster.refresh()
+    held = cluster.holdings()["p"]
+    assert held.session_id == "p:1"
+    assert held.blocks == {row: (3333, bytes.fromhex(CHECKSUM)) for row in (manifest.index(0, 0), manifest.index(1, 3))}
+    assert cluster.peers()[0].state is PeerState.ALIVE
+    assert cluster.url("p") == peer.url
+    with pytest.raises(InvalidInput, match="among the peers: p"):
+        cluster.url("x")
+
+
+def test_nothing_of_a_peer_is_known_before_there_is_a_manifest(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.refresh()
+    assert cluster.holdings() == {}
+    assert cluster.has_manifest()
+    assert cluster.fetch_manifest() == manifest
+
+
+def test_a_map_is_fetched_again_only_when_revision_or_session_changed(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.use_manifest(manifest, "placed")
+    seen = []
+    for change in ({}, {}, {"revision": "2"}, {}, {"session_id": "p:2"}, {}):
+        peer.node |= change
+        cluster.refresh()
+        seen.append(peer.maps_asked())
+    assert seen == [1, 1, 2, 2, 3, 3]
+    assert cluster.holdings()["p"].session_id == "p:2"
+
+
+def test_the_revision_changes_with_what_is_held(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.use_manifest(manifest, "placed")
+    seen = [cluster.revision()]
+    cluster.refresh()
+    seen.append(cluster.revision())
+    cluster.refresh()
+    assert cluster.revision() == seen[-1]
+    peer.node["revision"] = "2"
+    cluster.refresh()
+    seen.append(cluster.revision())
+    assert len(set(seen)) == 3
+
+
+def test_one_missed_poll_takes_nothing_away_but_a_lost_peer_does(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.use_manifest(manifest, "placed")
+    cluster.refresh()
+    peer.peer.close()
+    for failures in range(1, FAILURES_MAX + 1):
+        cluster.refresh()
+        is_lost = failures == FAILURES_MAX
+        assert cluster.peers()[0].state is (PeerState.UNREACHABLE if is_lost else PeerState.SUSPECT)
+        assert ("p" in cluster.holdings()) is not is_lost
+    assert cluster.peers()[0].error
+
+
+DAY_S = 86_400.0
+
+
+@pytest.mark.parametrize("jump_s", [3 * DAY_S, -3 * DAY_S], ids=["forward", "back"])
+def test_nobody_becomes_suspect_or_lost_when_the_hosts_date_is_set(
+    cluster_of: Callable[..., Cluster],
+    odd_peer: Callable[[], Any],
+    manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    jump_s: float,
+) -> None:
+    alive, failing = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
+    cluster = cluster_of(alive, failing)
+    cluster.use_manifest(manifest, "placed")
+    cluster.refresh()
+    failing.peer.close()
+    cluster.refresh()
+
+    def seen() -> list[PeerState]:
+        return [peer.state for peer in cluster.peers()]
+
+    assert seen() == [PeerState.ALIVE, PeerState.SUSPECT]
+    set_clock(monkeypatch, "time", jump_s)
+    assert seen() == [PeerState.ALIVE, PeerState.SUSPECT]
+    assert list(cluster.holdings()) == ["p", "q"]
+    cluster.refresh()
+    assert seen() == [PeerState.ALIVE, PeerState.SUSPECT]
+    assert cluster.peers()[1].failures < FAILURES_MAX
+
+
+def test_silence_is_still_noticed_whatever_the_hosts_date_says(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.refresh()
+    set_clock(monkeypatch, "time", -3 * DAY_S)
+    set_clock(monkeypatch, "monotonic", SUSPECT_AFTER_S)
+    assert cluster.peers()[0].state is PeerState.SUSPECT
+
+
+def test_when_a_peer_was_seen_is_told_as_a_date(cluster_of: Callable[..., Cluster], peer: Script) -> None:
+    cluster = cluster_of(peer)
+    assert cluster.last_seen("p") is None
+    before = datetime.now(UTC)
+    cluster.refresh()
+    seen = cluster.last_seen("p")
+    assert seen is not None
+    assert before <= seen <= datetime.now(UTC)
+    peer.peer.close()
+    cluster.refresh()
+    assert cluster.last_seen("p") == seen
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, name: str, offset_s: float) -> None:
+    """From now on, `time.time` or `time.monotonic` says that much more."""
+    real = getattr(time, name)
+    monkeypatch.setattr(time, name, lambda: real() + offset_s)
+
+
+def test_alive_peers_come_before_suspect_ones(
+    cluster_of: Callable[..., Cluster], odd_peer: Callable[[], Any], manifest: Manifest
+) -> None:
+    first, second = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
+    cluster = cluster_of(first, second)
+    cluster.use_manifest(manifest, "placed")
+    cluster.refresh()
+    assert list(cluster.holdings()) == ["p", "q"]
+    first.peer.close()
+    cluster.refresh()
+    assert list(cluster.holdings()) == ["q", "p"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"manifest_digest": "3" * 64}, "manifest digest 333333333333"),
+        ({"model": "other"}, "model 'other'"),
+        ({"namespace": "other"}, "namespace 'other'"),
+        ({"node_id": "x"}, "answers as node 'x'"),
+    ],
+)
+def test_a_peer_that_disagrees_is_listed_with_the_reason_and_is_no_source(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, change: dict[str, Any], said: str
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.use_manifest(manifest, "placed")
+    cluster.refresh()
+    assert "p" in cluster.holdings()
+    peer.node |= change
+    cluster.refresh()
+    (seen,) = cluster.peers()
+    assert seen.state is PeerState.ALIVE
+    assert seen.conflict is not None
+    assert said in seen.conflict
+    assert cluster.holdings() == {}
+    peer.node |= {"node_id": "p", "model": "tiny", "namespace": "ns", "manifest_digest": manifest.digest}
+    cluster.refresh()
+    assert "p" in cluster.holdings(), "as soon as it agrees again"
+
+
+def test_peers_that_disagree_among_each_other_give_no_manifest(
+    cluster_of: Callable[..., Cluster], odd_peer: Callable[[], Any], make_manifest: Callable[..., Manifest]
+) -> None:
+    one, other = make_manifest(experts=5), make_manifest(experts=7)
+    cluster = cluster_of(Script(odd_peer(), "p", one), Script(odd_peer(), "q", other))
+    cluster.refresh()
+    with pytest.raises(ManifestError, match="peers disagree") as refused:
+        cluster.fetch_manifest()
+    assert one.digest[:12] in str(refused.value)
+    assert "--checkpoint" in str(refused.value)
+
+
+def test_the_manifest_comes_from_the_next_peer_if_one_cannot_give_it(
+    cluster_of: Callable[..., Cluster], odd_peer: Callable[[], Any], manifest: Manifest
+) -> None:
+    broken, good = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
+    broken.manifest = None
+    cluster = cluster_of(broken, good)
+    assert not cluster.has_manifest()
+    assert cluster.fetch_manifest() is None
+    cluster.refresh()
+    assert cluster.fetch_manifest() == manifest
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"node_id": 3}', b"{}"])
+def test_a_peer_that_talks_nonsense_is_one_that_does_not_answer(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, body: bytes
+) -> None:
+    cluster = cluster_of(peer)
+    peer.peer.answers["GET /v1/node"] = 200, body
+    cluster.refresh()
+    (seen,) = cluster.peers()
+    assert (seen.state, seen.heard_at) == (PeerState.SUSPECT, None)
+    assert seen.error
+
+
+def test_a_map_that_cannot_be_had_is_asked_for_again(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.use_manifest(manifest, "placed")
+    good = peer.peer.answers["GET /v1/shard-map"]
+    peer.peer.answers["GET /v1/shard-map"] = 500, b"{}"
+    cluster.refresh()
+    assert cluster.holdings() == {}
+    assert cluster.peers()[0].state is PeerState.ALIVE
+    peer.peer.answers["GET /v1/shard-map"] = good
+    cluster.refresh()
+    assert "p" in cluster.holdings()
+
+
+def test_another_manifest_voids_what_was_known(
+    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, make_manifest: Callable[..., Manifest]
+) -> None:
+    cluster = cluster_of(peer)
+    cluster.use_manifest(manifest, "placed")
+    cluster.refresh()
+    cluster.use_manifest(make_manifest(experts=7), "placed")
+    assert cluster.holdings() == {}
+
+
+def test_the_poller_looks_again_and_again_and_stops(
+    cluster_of: Callable[..., Cluster], peer: Script, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(cluster_module, "POLL_INTERVAL_S", 0.01)
+    cluster = cluster_of(peer)
+    cluster.start()
+    wait_until(lambda: len(peer.peer.asked) > 3, "several polls")
+    cluster.stop()
+    assert not any(thread.name == "hotspare-poll" for thread in threading.enumerate())
+
+
+def test_without_peers_nobody_polls(cluster_of: Callable[..., Cluster]) -> None:
+    cluster = cluster_of()
+    cluster.start()
+    cluster.refresh()
+    assert not any(thread.name == "hotspare-poll" for thread in threading.enumerate())
+    cluster.stop()
