@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from shm import posix
 from shm.errors import (
@@ -197,9 +198,13 @@ class Segment:
         self._table["state"][placed] = BlockState.RESERVED
 
     def renew(self) -> Segment:
-        """Give this object up, name and all, and claim an empty one. Readers keep what they have mapped."""
+        """Give this object up, name and all, and claim an empty one.
+
+        Readers keep what they have mapped, and so does whoever has this `Segment`: it can be read for as long as it is
+        held, and owns nothing any more.
+        """
         posix.unlink(self.name.object_name)
-        self.close()
+        self._disown()
         return Segment.claim(self.name)
 
     def _open_content(self) -> None:
@@ -278,6 +283,10 @@ class Segment:
     def published(self) -> npt.NDArray[np.int64]:
         return self.rows(BlockState.PUBLISHED)
 
+    def fingerprint(self) -> str:
+        """Of the block table, hex: another one whenever a block was published, hidden or given other content."""
+        return xxhash.xxh3_64_hexdigest(self._table.tobytes())
+
     def checksum(self, row: int) -> bytes:
         """The checksum recorded when the block was last published; 16 zero bytes if it never was."""
         return bytes(self._table["checksum"][row])
@@ -333,6 +342,9 @@ class Segment:
         self._extents.clear()
         self._table = np.zeros(0, dtype=ENTRY)
         self._manifest = None
+        self._disown()
+
+    def _disown(self) -> None:
         if self._fd >= 0:
             posix.unlock(self._fd)
             os.close(self._fd)
