@@ -31,13 +31,13 @@ from shm.errors import (
     SegmentTruncated,
     SegmentUnsealed,
 )
+from shm.header import Header, corrupt
 from shm.layout import (
     ENTRY,
     HEADER_NBYTES,
     SHM_DIRECTORY,
     STATE_OFFSET,
     BlockState,
-    Header,
     SegmentName,
     SegmentState,
     align,
@@ -46,6 +46,7 @@ from shm.layout import (
 )
 from shm.lookup import read_header
 from shm.manifest import Manifest
+from shm.rules import check_table
 
 CLAIM_ATTEMPTS_MAX = 16
 
@@ -114,7 +115,7 @@ class Segment:
         segment = cls(name, fd, replace(header, owner_pid=os.getpid()))
         try:
             segment._open_content()
-        except ManifestError:  # the header's checksum is right, the manifest's is not: nobody can attach to it either
+        except (ManifestError, SegmentCorrupt):  # what the header leads to is not right: nobody can attach either
             posix.unlink(name.object_name)
             return None
         segment._write_header()
@@ -214,6 +215,7 @@ class Segment:
         raw = view[header.manifest_offset : header.manifest_offset + header.manifest_nbytes]
         self._manifest = Manifest.from_bytes(raw, header.manifest_digest.hex())
         table = np.frombuffer(view, ENTRY, header.table_nbytes // ENTRY.itemsize, header.table_offset)
+        check_table(table, self._manifest, header, f"{SHM_DIRECTORY}/{self.name.object_name}")
         self._table = table
 
     def _map_extent(self, start: int, end: int) -> None:
@@ -296,8 +298,10 @@ class Segment:
         if entry["state"] == BlockState.ABSENT:
             raise BlockUnavailable(f"{self.name} has no space for {self.manifest.keys[row]}")
         offset, nbytes = int(entry["offset"]), int(entry["nbytes"])
-        extent = next(e for e in self._extents if e.start <= offset < e.end)
-        return extent, offset - extent.start, nbytes
+        for extent in reversed(self._extents):
+            if extent.start <= offset and offset + nbytes <= extent.end:
+                return extent, offset - extent.start, nbytes
+        raise corrupt(str(self.name), f"the place of {self.manifest.keys[row]} has changed and lies outside it")
 
     def address(self, row: int) -> int:
         """Where the block lies in this process's memory."""
