@@ -12,6 +12,7 @@ from app.cluster.peers import PeerClient
 from app.cluster.prober import Prober
 from app.node.caretaker import Caretaker
 from app.node.node import Node
+from app.node.scrubber import Scrubber
 from app.restores.consumers import ConsumerStore
 from app.restores.pushes import PushDesk
 from app.restores.store import RestoreStore
@@ -31,6 +32,7 @@ class Context:
     prober: Prober
     restores: RestoreStore
     caretaker: Caretaker
+    scrubber: Scrubber
     client: PeerClient
     consumers: ConsumerStore
     pushes: PushDesk
@@ -51,22 +53,25 @@ class Context:
         consumers = ConsumerStore()
         store = RestoreStore(node, client, consumers)
         caretaker = Caretaker(node, prober, store.start_local)
-        return cls(node, cluster, prober, store, caretaker, client, consumers, PushDesk(node, store.mend))
+        scrubber = Scrubber(node, store.mend)
+        return cls(node, cluster, prober, store, caretaker, scrubber, client, consumers, PushDesk(node, store.mend))
 
     @property
     def loops(self) -> tuple[Loop, ...]:
         """Every thread that must live for as long as the daemon does."""
         workers = (worker.loop for worker in self.restores.workers.values())
-        return (self.prober.loop, self.caretaker.loop, *workers)
+        return (self.prober.loop, self.caretaker.loop, self.scrubber.loop, *workers)
 
     def start(self) -> None:
         """Begin to ask the peers, to restore and to bring what is missing, each in a thread."""
         self.restores.start()
         self.prober.start()
         self.caretaker.start()
+        self.scrubber.loop.start()
 
     def stop(self) -> None:
         """End every thread, then let the segment go: sealed, it stays for the next daemon. Blocks."""
+        self.scrubber.loop.stop()
         self.caretaker.stop()
         self.restores.stop()
         self.prober.stop()

@@ -6,16 +6,19 @@ addresses, and those must lead nowhere else when the node starts over with anoth
 
 from __future__ import annotations
 
+from app.node.holding import Holding
 from shm.checksum import checksum
-from shm.segment import Segment
+from transfer.errors import RestoreError
 from transfer.plan import Want
 
 
 class SegmentDestination:
-    """A segment of ours as where a restore puts blocks."""
+    """A segment of ours as where a restore puts blocks: each must be of its content, wherever it came from."""
 
-    def __init__(self, segment: Segment) -> None:
-        self._segment = segment
+    def __init__(self, holding: Holding) -> None:
+        self._segment = holding.segment
+        self._content = holding.disk.content if holding.disk else None
+        self._proofs = holding.proofs
 
     def begin(self, want: Want) -> None:
         self._segment.quarantine(want.row)
@@ -24,4 +27,7 @@ class SegmentDestination:
         return checksum(self._segment.block(want.row))
 
     def publish(self, want: Want, checksum: bytes) -> None:
+        if self._content is not None and not self._content.has(want.row, self._segment.block(want.row)):
+            raise RestoreError("its bytes are not of the content that this node keeps: were its files exchanged?")
         self._segment.publish(want.row, checksum)
+        self._proofs.note(want.row)

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.cluster.placement import Int64s, Placement
+from app.node.proofs import Proofs
 from shm.block import ExpertKey
 from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import InvalidInput
 from shm.layout import SegmentState
 from shm.manifest import Manifest
 from shm.segment import Segment
+from transfer.checkpoint.content import PinnedCheckpoint
 
 UNKNOWN_CHECKSUM = bytes(CHECKSUM_NBYTES)  # of a block that was never published here
 
@@ -33,8 +35,19 @@ class Holding:
     segment: Segment
     manifest: Manifest
     placement: Placement
+    content: bytes
+    """The content digest of the bytes that its blocks have, or are to have: 16 bytes."""
+    disk: PinnedCheckpoint | None
+    """The checkpoint, as a source of that very content; None where there is none."""
+    proofs: Proofs
+    """When each of its blocks was last proved."""
     registered: Ranges
     """(address, nbytes) of its memory that is open to the transfer engine."""
+
+    @property
+    def content_digest(self) -> str:
+        """The same in hex."""
+        return self.content.hex()
 
     @property
     def revision(self) -> str:

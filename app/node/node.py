@@ -25,22 +25,26 @@ import numpy as np
 from app.cluster.cluster import Cluster
 from app.cluster.placement import Int64s, Placement
 from app.cluster.prober import Prober
-from app.node.adoption import OwnCheckpoint, difference, is_content_of
+from app.node.adoption import OwnCheckpoint
 from app.node.destination import SegmentDestination
 from app.node.holding import NOTHING, Holding
 from app.node.offering import offer
+from app.node.proofs import Proofs
 from app.settings import Settings
 from shm.block import ExpertKey
 from shm.errors import InvalidInput, ManifestError
 from shm.layout import BlockState, SegmentName, SegmentState
 from shm.manifest import Manifest
 from shm.segment import Segment
+from transfer.checkpoint.content import DIGEST_NBYTES, PinnedCheckpoint
 from transfer.engine import MooncakeEngine, TransferEngine
-from transfer.errors import NothingToRestore
+from transfer.errors import CheckpointError, NothingToRestore
 from transfer.plan import Piece, Want
 from transfer.progress import Progress
 from transfer.restore import Restore
 from transfer.sources import SourceKind
+
+UNKNOWN_ORIGIN = bytes(DIGEST_NBYTES)  # of content that came from peers
 
 _log = logging.getLogger("hotspare.node")
 
@@ -83,23 +87,38 @@ class Node:
             self.engine = engine or MooncakeEngine(self.settings.engine_host, self.settings.transport)
             if self._segment.is_allocated:
                 self._adopt(self._segment)
-            elif (checkpoint := self.checkpoint.open()) is not None:
-                self.use_manifest(checkpoint.manifest)
+            elif (pinned := self.checkpoint.pinned(self._segment)) is not None:
+                self._take(pinned)
         except BaseException:
             self.close()
             raise
 
     def _adopt(self, segment: Segment) -> None:
-        self.checkpoint.open_beside(segment.manifest)
-        checkpoint = self.checkpoint.read
-        if checkpoint is None or is_content_of(checkpoint, segment):
-            self.use_manifest(segment.manifest)
+        try:
+            pinned = self.checkpoint.pinned(segment)
+        except CheckpointError as error:
+            _log.warning("adopting the sealed segment without its checkpoint: %s", error)
+            pinned = None
+        content = segment.header.content_digest
+        if pinned is not None and (pinned.digest, pinned.checkpoint.manifest) != (content, segment.manifest):
+            _log.warning("the sealed segment is of other weights than %s: filling anew", self.checkpoint.directory)
+            self.start_over(pinned)
+        elif pinned is not None:
+            self._take(pinned)
         else:
-            _log.warning("the sealed segment is of another checkpoint than %s: filling anew", checkpoint.directory)
-            self.start_over(checkpoint.manifest)
+            self._use(segment.manifest, content, segment.header.origin)
 
-    def use_manifest(self, manifest: Manifest) -> None:
-        """Take this manifest for the model's: place its blocks, make room for ours, open it to the engine."""
+    def _take(self, pinned: PinnedCheckpoint) -> None:
+        """Have the content of our checkpoint from now on."""
+        self._use(pinned.checkpoint.manifest, pinned.digest, pinned.origin, pinned)
+
+    def _use(
+        self, manifest: Manifest, content: bytes, origin: bytes = UNKNOWN_ORIGIN, disk: PinnedCheckpoint | None = None
+    ) -> None:
+        """Take this for what the model is: place its blocks, make room for ours, open it to the engine.
+
+        `content` is the digest of the bytes that they have, or are to have; it is on record before the first of them.
+        """
         settings, segment = self.settings, self.segment
         if manifest.model != self.name.model:
             raise ManifestError(f"the manifest is of {manifest.model!r}, this node serves {self.name.model!r}")
@@ -109,9 +128,10 @@ class Node:
             segment.extend(rows)
         else:
             segment.allocate(manifest, rows)
-        holding = Holding(settings.node_id, segment, manifest, placement, ())
-        self.holding = replace(holding, registered=self._register(segment))
-        self.cluster.use_manifest(manifest, placement.digest)
+        segment.record_content(content, origin)
+        proofs, registered = Proofs(len(manifest)), self._register(segment)
+        self.holding = Holding(settings.node_id, segment, manifest, placement, content, disk, proofs, registered)
+        self.cluster.use_manifest(manifest, placement.digest, content.hex())
 
     def _register(self, segment: Segment) -> tuple[tuple[int, int], ...]:
         """Open the segment's memory to the engine, as far as it is not yet; what is open then."""
@@ -120,13 +140,13 @@ class Node:
             self.engine.register([each for each in ranges if each not in before])
         return tuple(ranges)
 
-    def start_over(self, manifest: Manifest) -> None:
-        """Give the segment's content up, and make room for that of this manifest in a new one."""
+    def start_over(self, pinned: PinnedCheckpoint) -> None:
+        """Give the segment's content up, and make room for that of a checkpoint in a new one."""
         before, self.holding = self.holding, None
         if self.engine is not None and before is not None:
             self.engine.unregister(before.registered)
         self._segment = self.segment.renew()
-        self.use_manifest(manifest)
+        self._take(pinned)
 
     # -- what is so ------------------------------------------------------------------------------------------
 
@@ -194,17 +214,44 @@ class Node:
         """A restore of these experts into our segment, ready to run. Asks the peers what they have now."""
         if SourceKind.PEER in kinds:
             self._prober.look()
-        if self.holding is None and (manifest := self._prober.fetch_manifest()) is not None:
-            self.use_manifest(manifest)
+        if self.holding is None and (found := self._prober.fetch_version()) is not None:
+            manifest, version = found
+            self._use(manifest, bytes.fromhex(version.content_digest))
             self._prober.look()
+        self._look_at_disk(self._held())
         holding, engine = self._held(), self.engine
         assert engine is not None
         rows = holding.rows_of(experts).tolist()
-        checkpoint = self.checkpoint.serving(holding.manifest) if SourceKind.DISK in kinds else None
-        tiers, offers, expected = offer(holding, rows, self.cluster, engine, checkpoint, kinds)
+        disk = holding.disk if SourceKind.DISK in kinds else None
+        tiers, offers, expected = offer(holding, rows, self.cluster, engine, disk, kinds)
         wants = [_want(holding, row, expected.get(row)) for row in rows]
-        destination, keys = SegmentDestination(holding.segment), holding.manifest.keys
+        destination = SegmentDestination(holding)
+        keys = holding.manifest.keys
         return Restore(wants, offers, tiers, destination, keys.__getitem__, progress, partial(self._settle, holding))
+
+    def _look_at_disk(self, holding: Holding) -> None:
+        """Take the checkpoint for a source as long as it has the content that we hold.
+
+        Where it has other content, and ours never was complete, the checkpoint's takes its place: nobody was given any.
+        """
+        try:
+            pinned = self.checkpoint.pinned(holding.segment)
+        except CheckpointError as error:  # as a source it says so itself, block by block
+            _log.warning("the disk cannot serve: %s", error)
+            return
+        if pinned is None or pinned is holding.disk:
+            return
+        if (pinned.digest, pinned.checkpoint.manifest) == (holding.content, holding.manifest):
+            self.holding = replace(holding, disk=pinned)
+        elif holding.segment.state is SegmentState.SEALED:
+            _log.error(
+                "%s has other weights now than this node keeps: nothing is read of it; restart the node to take them",
+                pinned.checkpoint.directory,
+            )
+            self.holding = replace(holding, disk=None)
+        else:
+            _log.warning("%s has other weights now: starting over with them", pinned.checkpoint.directory)
+            self.start_over(pinned)
 
     def run(self, restore: Restore) -> None:
         """Run a planned restore to its end. What is complete then is sealed before the restore says it is over."""
@@ -218,30 +265,8 @@ class Node:
         segment = holding.segment
         if holding is not self.holding or len(holding.missing()):
             return
-        differs = self._difference(holding) is not None
-        if differs and self.settings.fill == "auto" and segment.state is not SegmentState.SEALED:
-            return  # no reader may find what the caretaker is about to replace by the checkpoint's own
         if not len(segment.rows(BlockState.RESERVED, BlockState.QUARANTINED)):
             segment.seal()
-
-    def _difference(self, holding: Holding) -> ExpertKey | None:
-        """A block of ours that is not the checkpoint's; None where none is seen to differ."""
-        checkpoint = self.checkpoint.read
-        if checkpoint is None or checkpoint.manifest.digest != holding.manifest.digest:
-            return None
-        return difference(checkpoint, holding.segment)
-
-    def replace_foreign(self) -> None:
-        """Start over, for the checkpoint's content, where what is complete here and unsealed is other content.
-
-        Peers hold it when a model was exchanged under its name: the checkpoint wins.
-        """
-        holding, checkpoint = self._held(), self.checkpoint.read
-        if checkpoint is None or holding.segment.state is SegmentState.SEALED:
-            return
-        if (key := self._difference(holding)) is not None:
-            _log.error("peers hold other weights than %s (first %s): filling from disk", checkpoint.directory, key)
-            self.start_over(checkpoint.manifest)
 
     # -- stopping --------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from app.cluster.cluster import Cluster
 from app.cluster.membership import PeerState
 from app.node.holding import UNKNOWN_CHECKSUM, Holding
 from shm.layout import BlockState
-from transfer.checkpoint import Checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.engine import TransferEngine
 from transfer.plan import Offer
 from transfer.sources import DiskSource, InPlace, PeerSource, Source, SourceKind
@@ -27,7 +27,7 @@ def offer(
     rows: Sequence[int],
     cluster: Cluster,
     engine: TransferEngine,
-    checkpoint: Checkpoint | None,
+    disk: PinnedCheckpoint | None,
     kinds: Collection[SourceKind],
 ) -> Offered:
     """Who has what, and the checksum that each row must have.
@@ -46,11 +46,11 @@ def offer(
         alive = {peer.node_id for peer in cluster.peers() if peer.state is PeerState.ALIVE}
         tiers.append([source for source in peers if source.name in alive])
         peers = [source for source in peers if source.name not in alive]
-    if checkpoint is not None:
-        disk = DiskSource(checkpoint, DISK)
-        tiers.append([disk])
+    if disk is not None:
+        source = DiskSource(disk.checkpoint, DISK)
+        tiers.append([source])
         for row in rows:
-            offers[row].append(Offer(DISK, disk.position(row)))
+            offers[row].append(Offer(DISK, source.position(row)))
     tiers.append(peers)
     return tiers, offers, expected
 

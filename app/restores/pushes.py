@@ -282,10 +282,10 @@ class ConsumerPush:
         ]
 
     def _offer_disk(self, offers: dict[int, list[Offer]], job: PushJob) -> list[Source]:
-        checkpoint = self.node.checkpoint.read
-        if checkpoint is None or checkpoint.manifest.digest != self.consumer.manifest_digest:
+        holding = self.node.holding
+        if holding is None or holding.disk is None or holding.manifest.digest != self.consumer.manifest_digest:
             return []
-        source = DiskPush(DISK, DiskSource(checkpoint), _engine(self.node), job)
+        source = DiskPush(DISK, DiskSource(holding.disk.checkpoint), _engine(self.node), job)
         for row, offered in offers.items():
             offered.append(Offer(DISK, source.position(row)))
         return [source]

@@ -80,6 +80,7 @@ def get_shard_map(
         {
             "model": manifest.model,
             "manifest_digest": manifest.digest,
+            "content_digest": holding.content_digest,
             "revision": revision,
             "experts": experts,
             "dense": dense,
