@@ -20,7 +20,7 @@ import pytest
 from transfer import engine as engine_module
 from transfer.engine import ITEMS_PER_BATCH_MAX, Copy, MooncakeEngine, pieces, set_defaults, within_pieces
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
-from transfer.plan import Batch, Limits, Offer, Piece, Want, plan
+from transfer.plan import Batch, Limits, Piece, Queue, Want
 from transfer.sources import PeerSource
 
 ROOT = Path(__file__).parents[2]
@@ -296,27 +296,28 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch: pytest.MonkeyPa
     assert os.environ["MC_FORCE_TCP"] == "1"
 
 
-# -- through the planner -------------------------------------------------------------------------------------
+# -- in batches ----------------------------------------------------------------------------------------------
 
 
-def scattered(count: int, destination: int, source: int) -> list[tuple[Want, Offer]]:
+def scattered(count: int, destination: int, source: int) -> Queue:
     """Blocks of 33 bytes that touch nowhere."""
-    return [
-        (Want(row, 33, (Piece(destination + 40 * row, 0, 33),), None), Offer("peer", source + 77 * row))
-        for row in range(count)
-    ]
+    queue = Queue()
+    for row in range(count):
+        queue.put(Want(row, 33, (Piece(destination + 40 * row, 0, 33),), None), source + 77 * row)
+    return queue
 
 
 def test_more_items_than_the_engine_takes_at_once_go_through_in_batches(
     engine: MooncakeEngine, peer: Peer, memory: Any
 ) -> None:
     ours = memory(3333 * 40)
-    work = scattered(3333, ours.ctypes.data, peer.address)
-    planned = plan([want for want, _ in work], {want.row: [offer] for want, offer in work}, {})
+    queue = scattered(3333, ours.ctypes.data, peer.address)
     source = PeerSource("peer", peer.session_id, engine)
-    assert len(planned.batches["peer"]) == -(-3333 // ITEMS_PER_BATCH_MAX)
-    for batch in planned.batches["peer"]:
-        assert source.fetch(batch) == {}
+    batches = 0
+    while queue:
+        assert source.fetch(queue.cut(source, source.limits)) == {}
+        batches += 1
+    assert batches == -(-3333 // ITEMS_PER_BATCH_MAX)
     for row in range(3333):
         assert (ours[40 * row : 40 * row + 33] == peer.data[77 * row : 77 * row + 33]).all()
 
