@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,20 +25,28 @@ from shm.errors import (
     BlockUnavailable,
     ManifestError,
     SegmentCorrupt,
+    SegmentError,
     SegmentForeign,
+    SegmentTruncated,
     SegmentUnsealed,
 )
-from shm.layout import BLOCK_ALIGNMENT, ENTRY, SHM_DIRECTORY, BlockState, Header, SegmentName, SegmentState
+from shm.header import Header, corrupt
+from shm.layout import BLOCK_ALIGNMENT, ENTRY, SHM_DIRECTORY, BlockState, SegmentName, SegmentState
 from shm.lookup import find_segment, read_header
 from shm.manifest import Manifest
+from shm.rules import check_table
 
 if TYPE_CHECKING:
     import torch
 
     from shm.pinning import PageLock
 
+ATTACH_ATTEMPTS_MAX = 5  # a table read while its owner extends it may break a rule: read again
+ATTACH_RETRY_S = 0.002
 VERIFY_LOOKS = 2
 VERIFY_THREADS_MAX = 16  # xxh3 reaches the memory's speed before that
+
+NOWHERE = -1
 
 # torch's names for the dtypes of the safetensors format; one that this torch lacks is refused when it is asked for.
 _TORCH_NAMES: Mapping[str, str] = {
@@ -80,22 +88,39 @@ def attach(model: str, *, namespace: str = "default", node: str | None = None) -
     SegmentCorrupt or SegmentForbidden.
     """
     object_name = find_segment(model, namespace, node)
+    where = f"{SHM_DIRECTORY}/{object_name}"
     fd = posix.open_existing(object_name, read_only=True)
     try:
-        header = read_header(fd, object_name)
-        if header.name != SegmentName(namespace, model, header.name.node if node is None else node):
-            raise SegmentForeign(f"{SHM_DIRECTORY}/{object_name} is the segment of {header.name}")
-        if header.state is not SegmentState.SEALED:
-            raise SegmentUnsealed(
-                f"{header.name} is not filled yet: wait until its node is ready (`hotspare status`), then attach again"
-            )
-        mapping = mmap.mmap(fd, header.total_nbytes, access=mmap.ACCESS_READ)
+        for attempt in range(ATTACH_ATTEMPTS_MAX):
+            header = read_header(fd, object_name)
+            if header.name != SegmentName(namespace, model, header.name.node if node is None else node):
+                raise SegmentForeign(f"{where} is the segment of {header.name}")
+            try:
+                return Attachment(header, _map(fd, header, where))
+            except ManifestError as error:
+                raise corrupt(where, str(error)) from error
+            except SegmentCorrupt:  # or its owner is in the middle of extending it
+                if attempt + 1 == ATTACH_ATTEMPTS_MAX:
+                    raise
+            time.sleep(ATTACH_RETRY_S)
     finally:
         os.close(fd)
+    raise AssertionError("unreachable")
+
+
+def _map(fd: int, header: Header, where: str) -> mmap.mmap:
+    if header.state is not SegmentState.SEALED:
+        raise SegmentUnsealed(
+            f"{header.name} is not filled yet: wait until its node is ready (`hotspare status`), then attach again"
+        )
     try:
-        return Attachment(header, mapping)
-    except ManifestError as error:
-        raise SegmentCorrupt(f"{SHM_DIRECTORY}/{object_name}: {error}: `hotspare rm` it, and refill") from error
+        return mmap.mmap(fd, header.total_nbytes, access=mmap.ACCESS_READ)
+    except ValueError as error:  # cut short since its header was read
+        raise SegmentTruncated(f"{where} is shorter than its header says: `hotspare rm` it, refill") from error
+    except OSError as error:
+        raise SegmentError(
+            f"{where} cannot be mapped ({error}): raise the limit of address space (`ulimit -v unlimited`)"
+        ) from error
 
 
 class HeldBlock(NamedTuple):
@@ -115,14 +140,21 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         self._address = int(whole.ctypes.data)
         self._view: memoryview = memoryview(mapping)
         raw = self._view[header.manifest_offset : header.manifest_offset + header.manifest_nbytes]
-        self.manifest: Manifest = Manifest.from_bytes(raw, header.manifest_digest.hex())
+        self.manifest: Manifest = Manifest.from_bytes(bytes(raw), header.manifest_digest.hex())
         self._table = np.frombuffer(mapping, ENTRY, header.table_nbytes // ENTRY.itemsize, header.table_offset)
+        self._offsets = self._checked_offsets()
         # torch keeps this object, and with it the mapping, for as long as a tensor lives.
         self._bytes = (ctypes.c_ubyte * header.total_nbytes).from_address(self._address)
         self._bytes.mapping = mapping  # type: ignore[attr-defined]
         self._page_locks: list[PageLock] = []
         self._pinned = np.zeros(len(self._table), dtype=bool)
         self._closed = False
+
+    def _checked_offsets(self) -> npt.NDArray[np.int64]:
+        """Where each block lies, NOWHERE for those that have no place. A block never moves, so once is enough."""
+        table = self._table.copy()
+        check_table(table, self.manifest, self._header, f"{SHM_DIRECTORY}/{self.name.object_name}")
+        return np.where(table["state"] == BlockState.ABSENT, NOWHERE, table["offset"].astype(np.int64))
 
     # -- what is here ----------------------------------------------------------------------------------------
 
@@ -139,7 +171,7 @@ class Attachment(Mapping[str, "torch.Tensor"]):
     def rows(self) -> npt.NDArray[np.int64]:
         """Ascending manifest rows of the blocks published here."""
         self._check_open()
-        return np.flatnonzero((self._table["state"] == BlockState.PUBLISHED) & self._is_mapped(self._table))
+        return np.flatnonzero((self._table["state"] == BlockState.PUBLISHED) & (self._offsets != NOWHERE))
 
     def experts(self) -> list[ExpertKey]:
         """The experts held here, ascending."""
@@ -149,12 +181,7 @@ class Attachment(Mapping[str, "torch.Tensor"]):
     def holds(self, row: int) -> bool:
         """Whether the block of this manifest row is published here."""
         self._check_open()
-        entry = self._table[row]
-        return bool(entry["state"] == BlockState.PUBLISHED and self._is_mapped(entry))
-
-    def _is_mapped(self, entries: Any) -> Any:
-        """Whether blocks lie within this mapping: those that the owner added behind it later do not."""
-        return entries["offset"] + entries["nbytes"] <= self._header.total_nbytes
+        return bool(self._table["state"][row] == BlockState.PUBLISHED and self._offsets[row] != NOWHERE)
 
     def __iter__(self) -> Iterator[str]:
         for row in self.rows().tolist():
@@ -173,16 +200,15 @@ class Attachment(Mapping[str, "torch.Tensor"]):
 
     def _entry(self, row: int) -> tuple[int, int]:
         self._check_open()
-        entry = self._table[row]
-        if entry["state"] != BlockState.PUBLISHED:
+        if self._table["state"][row] != BlockState.PUBLISHED:
             layer, expert = self.manifest.keys[row]
             raise BlockUnavailable(
                 f"expert {expert} of layer {layer} is not published in {self.name}: it is placed on another node, or "
                 "being mended"
             )
-        if not self._is_mapped(entry):
+        if self._offsets[row] == NOWHERE:
             raise BlockUnavailable(f"{self.name} has grown since it was attached to: attach again")
-        return int(entry["offset"]), int(entry["nbytes"])
+        return int(self._offsets[row]), int(self.manifest.nbytes[row])
 
     def block(self, row: int) -> memoryview:
         """The bytes of a block, read-only. Raises BlockUnavailable."""
@@ -197,12 +223,10 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         """Of these manifest rows those whose block is published here. Quick also for all of a large model."""
         self._check_open()
         asked = np.fromiter(rows, np.int64)
-        entries = self._table[asked]
-        here = (entries["state"] == BlockState.PUBLISHED) & self._is_mapped(entries)
-        entries = entries[here]
-        addresses = (entries["offset"].astype(np.int64) + self._address).tolist()
-        found = zip(addresses, entries["checksum"].tolist(), strict=True)
-        return {row: HeldBlock(*block) for row, block in zip(asked[here].tolist(), found, strict=True)}
+        here = asked[(self._table["state"][asked] == BlockState.PUBLISHED) & (self._offsets[asked] != NOWHERE)]
+        addresses = (self._offsets[here] + self._address).tolist()
+        found = zip(addresses, self._table["checksum"][here].tolist(), strict=True)
+        return {row: HeldBlock(*block) for row, block in zip(here.tolist(), found, strict=True)}
 
     def checksum(self, row: int) -> bytes:
         """The xxh3-128 recorded for the block."""
@@ -276,10 +300,9 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         wanted = wanted[~self._pinned[wanted]]
         if not len(wanted):
             return
-        entries = np.sort(self._table[wanted][["offset", "nbytes"]], order="offset")
-        starts, nbytes = entries["offset"].astype(np.int64), entries["nbytes"].astype(np.int64)
-        pages = -(-nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
-        spans = zip((starts + self._address).tolist(), pages.tolist(), strict=True)
+        wanted = wanted[np.argsort(self._offsets[wanted])]
+        pages = -(-self.manifest.nbytes[wanted] // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+        spans = zip((self._offsets[wanted] + self._address).tolist(), pages.tolist(), strict=True)
         self._page_locks.append(PageLock(joined(spans), device))
         self._pinned[wanted] = True
 
@@ -302,9 +325,6 @@ class Attachment(Mapping[str, "torch.Tensor"]):
             lock.release()
         self._page_locks.clear()
         self._pinned[:] = False
-        if not self._closed:  # the manifest's tables lie in the mapping
-            rows, ranges = self.manifest.rows.copy(), self.manifest.ranges.copy()
-            self.manifest = replace(self.manifest, rows=rows, ranges=ranges)
         self._closed = True
         del self._view, self._bytes, self._table
         self._view, self._table = memoryview(b""), np.zeros(0, dtype=ENTRY)

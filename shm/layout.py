@@ -1,14 +1,12 @@
-"""The bytes of a segment: the one place that knows the format. Version 1, little-endian.
+"""What names a segment and where everything in it lies. docs/format.md is the format in full, with MUST and MAY.
 
-    0                     header page, HEADER_NBYTES: the struct below, then zeros
-    manifest_offset       the manifest's canonical bytes
+    0                     header page (`shm.header`)
+    manifest_offset       the manifest's canonical bytes (`shm.manifest`)
     table_offset          one ENTRY a manifest row, in the same order
     data_offset           blocks, each aligned to BLOCK_ALIGNMENT
 
-A segment MUST begin with MAGIC. A reader MUST refuse a version above its own and a header whose checksum differs.
-The checksum covers every header byte but the state, which the owner writes last, in one aligned store. An entry
-whose state is not PUBLISHED MUST NOT be read. A block MAY be absent: its entry is then all zeros. The object MAY be
-longer than `total_nbytes` while its owner extends it.
+Each section begins on the page after the one before. Blocks are placed in order of their rows, so a segment's plan
+follows from the manifest and the rows that it holds, before it exists.
 
 Names: `hotspare.<namespace>.<model>.<node>`, made safe. A part that had to be changed, or that has a dot of its own,
 adds a digest of all three, so that no two segments share a name. What it holds, the header says; the name finds it.
@@ -17,7 +15,6 @@ adds a digest of all three, so that no two segments share a name. What it holds,
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -26,13 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shm.errors import (
-    SegmentCorrupt,
-    SegmentForeign,
-    SegmentTooNew,
-    SegmentTruncated,
-    SegmentUnsealed,
-)
 from shm.manifest import Manifest, check_name
 
 SHM_DIRECTORY = "/dev/shm"
@@ -43,11 +33,6 @@ STATE_OFFSET = 16
 BLOCK_ALIGNMENT = 4096  # bytes; a page, so that no two blocks share one
 PREFIX = "hotspare"
 PART_CHARS_MAX = 64  # of each part of the object's name; NAME_MAX is 255
-
-_FIXED = struct.Struct("<8sIII4x QQQQ QQQQQQQ 32s16s HHH2x")
-_CHECKSUM = struct.Struct("<Q")
-_CHECKSUM_OFFSET = HEADER_NBYTES - _CHECKSUM.size
-_STATE = struct.Struct("<I")
 
 ENTRY = np.dtype(
     [("offset", "<u8"), ("nbytes", "<u8"), ("checksum", "V16"), ("state", "<u4"), ("reserved", "<u4", (3,))]
@@ -101,86 +86,6 @@ class SegmentName:
 
     def __str__(self) -> str:
         return f"{self.model} on node {self.node} (namespace {self.namespace})"
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The header page. Offsets and sizes in bytes, times in ns since the epoch."""
-
-    name: SegmentName
-    state: SegmentState
-    generation: int
-    owner_pid: int
-    created_ns: int
-    sealed_ns: int
-    manifest_offset: int = 0
-    manifest_nbytes: int = 0
-    table_offset: int = 0
-    table_nbytes: int = 0
-    data_offset: int = HEADER_NBYTES
-    data_nbytes: int = 0
-    total_nbytes: int = HEADER_NBYTES
-    manifest_digest: bytes = bytes(32)
-    origin: bytes = bytes(16)
-    """Identity of the checkpoint files that the content came from or was compared with; zeros: none yet."""
-
-    def pack(self) -> bytes:
-        """The whole page. `state` is in it, but not under its checksum."""
-        names = [part.encode() for part in (self.name.namespace, self.name.model, self.name.node)]
-        fixed = _FIXED.pack(
-            MAGIC, VERSION, HEADER_NBYTES, 0,
-            self.generation, self.owner_pid, self.created_ns, self.sealed_ns,
-            self.manifest_offset, self.manifest_nbytes, self.table_offset, self.table_nbytes,
-            self.data_offset, self.data_nbytes, self.total_nbytes,
-            self.manifest_digest, self.origin, *map(len, names),
-        )  # fmt: skip
-        page = (fixed + b"".join(names)).ljust(_CHECKSUM_OFFSET, b"\0")
-        page += _CHECKSUM.pack(xxhash.xxh3_64_intdigest(page))
-        return page[:STATE_OFFSET] + _STATE.pack(self.state) + page[STATE_OFFSET + _STATE.size :]
-
-    @classmethod
-    def unpack(cls, page: bytes, object_name: str, object_nbytes: int) -> Header:
-        """Read a header page; raises the SegmentError that says what is wrong with it."""
-        where = f"{SHM_DIRECTORY}/{object_name}"
-        if len(page) < HEADER_NBYTES:
-            raise SegmentTruncated(f"{where} has {object_nbytes} bytes, less than a header: `hotspare rm` it")
-        if not any(page):  # reserved, and its owner stopped or killed before the header was written
-            raise SegmentUnsealed(f"{where} has no header yet: wait until its node is ready, then try again")
-        if page[:8] != MAGIC:
-            raise SegmentForeign(f"{where} is not a Hotspare segment: it does not begin with {MAGIC.decode()}")
-        version = int.from_bytes(page[8:12], "little")
-        if version > VERSION:
-            raise SegmentTooNew(
-                f"{where} has format {version}, this Hotspare reads up to {VERSION}: upgrade the reading side"
-            )
-        state = _STATE.unpack_from(page, STATE_OFFSET)[0]
-        stateless = page[:STATE_OFFSET] + bytes(_STATE.size) + page[STATE_OFFSET + _STATE.size : _CHECKSUM_OFFSET]
-        if xxhash.xxh3_64_intdigest(stateless) != _CHECKSUM.unpack_from(page, _CHECKSUM_OFFSET)[0]:
-            raise SegmentCorrupt(f"{where}: the header does not match its checksum: `hotspare rm` it, and refill")
-        if state not in SegmentState._value2member_map_:
-            raise SegmentCorrupt(f"{where}: unknown state {state}: `hotspare rm` it, and refill")
-        try:
-            header = cls._from_page(page, SegmentState(state))
-        except ValueError as error:
-            raise SegmentCorrupt(f"{where}: the header names nobody ({error}): `hotspare rm` it, and refill") from error
-        if header.state is SegmentState.SEALED and object_nbytes < header.total_nbytes:
-            raise SegmentTruncated(
-                f"{where} has {object_nbytes} bytes, its header says {header.total_nbytes}: `hotspare rm` it, refill"
-            )
-        return header
-
-    @classmethod
-    def _from_page(cls, page: bytes, state: SegmentState) -> Header:
-        (_, _, _, _, generation, pid, created, sealed, m_off, m_n, t_off, t_n, d_off, d_n, total, digest, origin,
-         *lengths) = _FIXED.unpack_from(page)  # fmt: skip
-        names, at = [], _FIXED.size
-        for length in lengths:
-            names.append(page[at : at + length].decode())
-            at += length
-        return cls(
-            SegmentName(*names), state, generation, pid, created, sealed,
-            m_off, m_n, t_off, t_n, d_off, d_n, total, digest, origin,
-        )  # fmt: skip
 
 
 def align(offset: int, to: int = BLOCK_ALIGNMENT) -> int:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 from shm import posix
 from shm.errors import SegmentAmbiguous, SegmentCorrupt, SegmentError, SegmentNotFound
-from shm.layout import HEADER_NBYTES, PREFIX, SHM_DIRECTORY, Header, SegmentName, SegmentState, object_prefix
+from shm.header import Header
+from shm.layout import HEADER_NBYTES, PREFIX, SHM_DIRECTORY, SegmentName, SegmentState, object_prefix
 from shm.manifest import check_name
+from shm.rules import check_sections
 
 SEGMENTS_MAX = 4096  # listed of one host
 HEADER_READS_MAX = 5  # a header read while its owner rewrites it fails its checksum: read again
@@ -72,7 +74,9 @@ def read_header(fd: int, object_name: str) -> Header:
     """The header of an open object, read again while its owner is in the middle of writing it."""
     for attempt in range(HEADER_READS_MAX):
         try:
-            return Header.unpack(os.pread(fd, HEADER_NBYTES, 0), object_name, os.fstat(fd).st_size)
+            header = Header.unpack(os.pread(fd, HEADER_NBYTES, 0), object_name, os.fstat(fd).st_size)
+            check_sections(header, f"{SHM_DIRECTORY}/{object_name}")
+            return header
         except SegmentCorrupt:
             if attempt + 1 == HEADER_READS_MAX:
                 raise

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from shm import posix
 from shm.errors import (
@@ -30,13 +31,13 @@ from shm.errors import (
     SegmentTruncated,
     SegmentUnsealed,
 )
+from shm.header import Header, corrupt
 from shm.layout import (
     ENTRY,
     HEADER_NBYTES,
     SHM_DIRECTORY,
     STATE_OFFSET,
     BlockState,
-    Header,
     SegmentName,
     SegmentState,
     align,
@@ -45,6 +46,7 @@ from shm.layout import (
 )
 from shm.lookup import read_header
 from shm.manifest import Manifest
+from shm.rules import check_table
 
 CLAIM_ATTEMPTS_MAX = 16
 
@@ -113,7 +115,7 @@ class Segment:
         segment = cls(name, fd, replace(header, owner_pid=os.getpid()))
         try:
             segment._open_content()
-        except ManifestError:  # the header's checksum is right, the manifest's is not: nobody can attach to it either
+        except (ManifestError, SegmentCorrupt):  # what the header leads to is not right: nobody can attach either
             posix.unlink(name.object_name)
             return None
         segment._write_header()
@@ -197,9 +199,13 @@ class Segment:
         self._table["state"][placed] = BlockState.RESERVED
 
     def renew(self) -> Segment:
-        """Give this object up, name and all, and claim an empty one. Readers keep what they have mapped."""
+        """Give this object up, name and all, and claim an empty one.
+
+        Readers keep what they have mapped, and so does whoever has this `Segment`: it can be read for as long as it is
+        held, and owns nothing any more.
+        """
         posix.unlink(self.name.object_name)
-        self.close()
+        self._disown()
         return Segment.claim(self.name)
 
     def _open_content(self) -> None:
@@ -209,6 +215,7 @@ class Segment:
         raw = view[header.manifest_offset : header.manifest_offset + header.manifest_nbytes]
         self._manifest = Manifest.from_bytes(raw, header.manifest_digest.hex())
         table = np.frombuffer(view, ENTRY, header.table_nbytes // ENTRY.itemsize, header.table_offset)
+        check_table(table, self._manifest, header, f"{SHM_DIRECTORY}/{self.name.object_name}")
         self._table = table
 
     def _map_extent(self, start: int, end: int) -> None:
@@ -278,6 +285,10 @@ class Segment:
     def published(self) -> npt.NDArray[np.int64]:
         return self.rows(BlockState.PUBLISHED)
 
+    def fingerprint(self) -> str:
+        """Of the block table, hex: another one whenever a block was published, hidden or given other content."""
+        return xxhash.xxh3_64_hexdigest(self._table.tobytes())
+
     def checksum(self, row: int) -> bytes:
         """The checksum recorded when the block was last published; 16 zero bytes if it never was."""
         return bytes(self._table["checksum"][row])
@@ -287,8 +298,10 @@ class Segment:
         if entry["state"] == BlockState.ABSENT:
             raise BlockUnavailable(f"{self.name} has no space for {self.manifest.keys[row]}")
         offset, nbytes = int(entry["offset"]), int(entry["nbytes"])
-        extent = next(e for e in self._extents if e.start <= offset < e.end)
-        return extent, offset - extent.start, nbytes
+        for extent in reversed(self._extents):
+            if extent.start <= offset and offset + nbytes <= extent.end:
+                return extent, offset - extent.start, nbytes
+        raise corrupt(str(self.name), f"the place of {self.manifest.keys[row]} has changed and lies outside it")
 
     def address(self, row: int) -> int:
         """Where the block lies in this process's memory."""
@@ -333,6 +346,9 @@ class Segment:
         self._extents.clear()
         self._table = np.zeros(0, dtype=ENTRY)
         self._manifest = None
+        self._disown()
+
+    def _disown(self) -> None:
         if self._fd >= 0:
             posix.unlock(self._fd)
             os.close(self._fd)

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from app.api.context import Context
 from app.cluster.membership import PeerState
 from app.node.node import NodeState
-from app.restores.store import LocalRestore
+from app.restores.local import LocalRestore
 from transfer.progress import RestoreState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,13 +25,12 @@ class NodeCollector:
 
     def collect(self) -> Iterator[Metric]:
         node = self._context.node
-        published, manifest = node.published(), node.manifest
+        holding = node.holding
+        published, missing = (holding.published(), holding.missing()) if holding else ((), ())
         yield GaugeMetricFamily("hotspare_blocks", "Blocks published on this node.", value=len(published))
-        nbytes = int(manifest.nbytes[published].sum()) if manifest else 0
+        nbytes = int(holding.manifest.nbytes[published].sum()) if holding else 0
         yield GaugeMetricFamily("hotspare_bytes", "Bytes of the published blocks.", value=nbytes)
-        yield GaugeMetricFamily(
-            "hotspare_blocks_missing", "Blocks placed here, not published.", value=len(node.missing())
-        )
+        yield GaugeMetricFamily("hotspare_blocks_missing", "Blocks placed here, not published.", value=len(missing))
         yield self._by_label("hotspare_state", "1 for the state the node is in.", "state", {
             state.value: int(state is node.state) for state in NodeState
         })  # fmt: skip
@@ -39,6 +38,14 @@ class NodeCollector:
         yield self._by_label("hotspare_peers", "Peers by what this node thinks of them.", "state", {
             state.value: peers[state] for state in PeerState
         })  # fmt: skip
+        failures = CounterMetricFamily(
+            "hotspare_thread_failures",
+            "Turns of a thread that must live that ended in an unforeseen error, after which it went on.",
+            labels=["thread"],
+        )
+        for loop in self._context.loops:
+            failures.add_metric([loop.name], loop.failures)
+        yield failures
         yield from self._restores()
 
     def _restores(self) -> Iterator[Metric]:

@@ -1,8 +1,13 @@
-"""Membership: what this node thinks of its peers. Pure: someone else polls, and says what came back and when.
+"""Membership: what this node thinks of its peers. Pure: someone else asks, and says when it asked and what came back.
 
 A peer is *alive* when its last poll was answered, *suspect* when one failed or nothing was heard of it lately, and
 *unreachable* after FAILURES_MAX failures in a row or UNREACHABLE_AFTER_S of them: only then are its blocks counted as
 gone. Silence without a failed poll never goes beyond suspect, for it may be ours: a stalled poller is no dead peer.
+
+Two rules keep the count honest however many ask. News is ordered by when it was *asked for*: what was asked for before
+the latest that is known arrives too late to say anything. And failures count by the second, not by the asker: one that
+was asked for within FAILURE_SPACING_S of the last that counted tells why, and counts nothing, so that a peer which
+restarts is not given up because three parties asked for it in the same moment.
 
 A peer that answers may still be none that we can use: another node behind its address, another model, another
 checkpoint. It stays listed, with the reason in `conflict`, and nothing is taken from it.
@@ -20,6 +25,7 @@ from shm.errors import InvalidInput
 from shm.manifest import check_name
 
 FAILURES_MAX = 3  # polls in a row; one lost answer is common, three are not
+FAILURE_SPACING_S = 0.9  # between two failures that count; a little less than the prober's interval
 UNREACHABLE_AFTER_S = 10.0  # of failed polls, where they are slow to fail (a stopped process only times out)
 SUSPECT_AFTER_S = 15.0  # without any answer; several polls' time, so that one slow round accuses nobody
 ERROR_CHARS_MAX = 300
@@ -94,6 +100,10 @@ class Peer:
     failures: int = 0
     """Polls that failed since the last answer."""
     failing_since: float | None = None
+    counted_at: float | None = None
+    """When the last failure that counts was asked for."""
+    asked_at: float | None = None
+    """When the latest news of it, good or bad, was asked for."""
     error: str | None = None
     """Of the last poll, if it failed."""
     report: NodeReport | None = None
@@ -124,20 +134,29 @@ class Membership:
 
     # -- events ----------------------------------------------------------------------------------------------
 
-    def answered(self, node_id: str, report: NodeReport, now: float) -> Peer:
-        """A poll of `node_id` brought `report`; raises InvalidInput if there is no such peer."""
+    def answered(self, node_id: str, report: NodeReport, *, asked_at: float, now: float) -> Peer:
+        """What was asked of `node_id` at `asked_at` brought `report`; raises InvalidInput if there is no such peer."""
         before = self._get(node_id)
-        after = replace(before, report=report, heard_at=now, failures=0, failing_since=None, error=None)
+        if _is_stale(before, asked_at):
+            return self.peer(node_id, now)
+        after = replace(
+            before, report=report, heard_at=now, asked_at=asked_at,
+            failures=0, failing_since=None, counted_at=None, error=None,
+        )  # fmt: skip
         if report.node_id == node_id and report.session_id not in ("", before.session_id):
             after = replace(after, session_id=report.session_id, sessions=before.sessions + 1)
         return self._note(after, now)
 
-    def failed(self, node_id: str, error: str, now: float) -> Peer:
-        """A poll of `node_id` failed; raises InvalidInput if there is no such peer."""
+    def failed(self, node_id: str, error: str, *, asked_at: float, now: float) -> Peer:
+        """What was asked of `node_id` at `asked_at` failed; raises InvalidInput if there is no such peer."""
         before = self._get(node_id)
-        since = now if before.failing_since is None else before.failing_since
-        failures = before.failures + 1
-        return self._note(replace(before, failures=failures, failing_since=since, error=error[:ERROR_CHARS_MAX]), now)
+        if _is_stale(before, asked_at):
+            return self.peer(node_id, now)
+        after = replace(before, asked_at=asked_at, error=error[:ERROR_CHARS_MAX])
+        if before.counted_at is None or asked_at - before.counted_at >= FAILURE_SPACING_S:
+            since = now if before.failing_since is None else before.failing_since
+            after = replace(after, failures=before.failures + 1, failing_since=since, counted_at=asked_at)
+        return self._note(after, now)
 
     def _note(self, peer: Peer, now: float) -> Peer:
         self._known[peer.node_id] = peer
@@ -189,6 +208,11 @@ class Membership:
             f"places blocks otherwise than this node, with {peer.report.replicas} replicas: "
             "give all nodes the same `--replicas`, the same nodes, and one version"
         )
+
+
+def _is_stale(peer: Peer, asked_at: float) -> bool:
+    """Whether something newer is known than what was asked for then."""
+    return peer.asked_at is not None and asked_at < peer.asked_at
 
 
 def _state(peer: Peer, now: float) -> PeerState:

@@ -20,13 +20,15 @@ from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
     SegmentBusy,
+    SegmentCorrupt,
     SegmentError,
     SegmentForeign,
     SegmentNotFound,
     SegmentTooNew,
     SegmentUnsealed,
 )
-from shm.layout import HEADER_NBYTES, SHM_DIRECTORY, BlockState, SegmentName, SegmentState
+from shm.header import Header
+from shm.layout import HEADER_NBYTES, SHM_DIRECTORY, STATE_OFFSET, BlockState, SegmentName, SegmentState
 from shm.manifest import Manifest
 from shm.segment import Segment
 
@@ -397,6 +399,75 @@ def test_nothing_is_sealed_while_a_block_is_not_published(
     segment.seal()
     with attach("tiny", namespace=namespace) as weights:
         assert weights.rows().tolist() == [1, 4, 7]
+    segment.unlink()
+
+
+class Watched:
+    """A block table that writes down what is written into it, in order."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self.written: list[tuple[str, int]] = []
+
+    def __getitem__(self, field: str) -> Any:
+        return Column(self._table[field], field, self.written)
+
+
+class Column:
+    def __init__(self, column: Any, field: str, written: list[tuple[str, int]]) -> None:
+        self._column, self._field, self._written = column, field, written
+
+    def __setitem__(self, row: int, value: Any) -> None:
+        self._written.append((self._field, row))
+        self._column[row] = value
+
+
+def test_a_block_is_shown_only_after_its_checksum_is_there(sealed: Callable[..., Segment]) -> None:
+    """In between a reader would take the old checksum for the new bytes'."""
+    segment = sealed()
+    table = segment._table
+    watched = segment._table = Watched(table)  # type: ignore[assignment]
+    segment.publish(3, bytes(range(16)))
+    assert watched.written == [("checksum", 3), ("state", 3)]
+    assert bytes(table["checksum"][3]) == bytes(range(16))
+    assert table["state"][3] == BlockState.PUBLISHED
+
+
+def test_no_state_of_a_header_is_there_before_the_rest_of_it(
+    namespace: str,
+    make_manifest: Callable[..., Manifest],
+    fill: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An owner that is killed between two writes leaves the old state, or none that can be read."""
+    segment = Segment.claim(name_of(namespace))
+    seen: list[SegmentState | None] = []
+    written: list[tuple[int, int]] = []
+    pwrite = os.pwrite
+
+    def watched(fd: int, data: bytes, at: int) -> int:
+        written.append((at, len(data)))
+        done = pwrite(fd, data, at)
+        try:
+            header = Header.unpack(os.pread(fd, HEADER_NBYTES, 0), "object", os.fstat(fd).st_size)
+        except SegmentCorrupt:
+            seen.append(None)
+        else:
+            seen.append(header.state)
+            assert header.state is not SegmentState.SEALED or header.sealed_ns > 0
+            assert header.state is SegmentState.CLAIMED or header.total_nbytes > HEADER_NBYTES
+        return done
+
+    monkeypatch.setattr("shm.segment.os.pwrite", watched)
+    segment.allocate(make_manifest(), [0, 3])
+    assert seen[-1] is SegmentState.FILLING
+    assert written[-1] == (STATE_OFFSET, 4), "the state by itself: a page is not written in one piece"
+    fill(segment)
+    seen.clear()
+    segment.seal()
+    assert seen[-1] is SegmentState.SEALED
+    assert SegmentState.SEALED not in seen[:-1]
+    assert written[-1] == (STATE_OFFSET, 4)
     segment.unlink()
 
 

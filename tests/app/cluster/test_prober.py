@@ -11,10 +11,11 @@ from typing import Any
 import orjson
 import pytest
 
-from app.cluster import cluster as cluster_module
+from app.cluster import prober as prober_module
 from app.cluster.cluster import Cluster
 from app.cluster.membership import FAILURES_MAX, SUSPECT_AFTER_S, Membership, PeerState
 from app.cluster.peers import PeerClient
+from app.cluster.prober import PROBE_INTERVAL_S, Prober
 from shm.errors import InvalidInput, ManifestError
 from shm.manifest import Manifest
 
@@ -67,26 +68,46 @@ def peer(odd_peer: Callable[[], Any], manifest: Manifest) -> Script:
     return Script(odd_peer(), "p", manifest)
 
 
-@pytest.fixture
-def cluster_of() -> Iterator[Callable[..., Cluster]]:
-    clients: list[PeerClient] = []
+class Watch:
+    """A view and the prober that feeds it, with a clock that goes on by a prober's interval before each look."""
 
-    def make(*scripts: Script, names: str = "pqr") -> Cluster:
-        urls = {name: script.url for name, script in zip(names, scripts, strict=False)}
-        clients.append(PeerClient())
-        return Cluster(Membership(urls, model="tiny", namespace="ns"), clients[-1])
+    def __init__(self, urls: dict[str, str]) -> None:
+        self.client = PeerClient()
+        self.passed_s = 0.0
+        membership = Membership(urls, model="tiny", namespace="ns")
+        self.cluster = Cluster(membership, lambda: time.monotonic() + self.passed_s)
+        self.prober = Prober(self.cluster, self.client)
+
+    def look(self) -> None:
+        self.passed_s += PROBE_INTERVAL_S
+        self.prober.look()
+
+    def close(self) -> None:
+        self.prober.stop()
+        self.client.close()
+
+
+@pytest.fixture
+def watch_of() -> Iterator[Callable[..., Watch]]:
+    """`watch_of(script, …)` → a `Watch` over peers called p, q, r."""
+    made: list[Watch] = []
+
+    def make(*scripts: Script, names: str = "pqr") -> Watch:
+        made.append(Watch({name: script.url for name, script in zip(names, scripts, strict=False)}))
+        return made[-1]
 
     yield make
-    for client in clients:
-        client.close()
+    for each in made:
+        each.close()
 
 
 def test_what_a_peer_published_is_known_after_one_look(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest
 ) -> None:
-    cluster = cluster_of(peer)
+    watch = watch_of(peer)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
-    cluster.refresh()
+    watch.look()
     held = cluster.holdings()["p"]
     assert held.session_id == "p:1"
     assert held.blocks == {row: (3333, bytes.fromhex(CHECKSUM)) for row in (manifest.index(0, 0), manifest.index(1, 3))}
@@ -97,54 +118,58 @@ def test_what_a_peer_published_is_known_after_one_look(
 
 
 def test_nothing_of_a_peer_is_known_before_there_is_a_manifest(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest
 ) -> None:
-    cluster = cluster_of(peer)
-    cluster.refresh()
+    watch = watch_of(peer)
+    cluster = watch.cluster
+    watch.look()
     assert cluster.holdings() == {}
     assert cluster.has_manifest()
-    assert cluster.fetch_manifest() == manifest
+    assert watch.prober.fetch_manifest() == manifest
 
 
 def test_a_map_is_fetched_again_only_when_revision_or_session_changed(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest
 ) -> None:
-    cluster = cluster_of(peer)
+    watch = watch_of(peer)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
     seen = []
     for change in ({}, {}, {"revision": "2"}, {}, {"session_id": "p:2"}, {}):
         peer.node |= change
-        cluster.refresh()
+        watch.look()
         seen.append(peer.maps_asked())
     assert seen == [1, 1, 2, 2, 3, 3]
     assert cluster.holdings()["p"].session_id == "p:2"
 
 
 def test_the_revision_changes_with_what_is_held(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest
 ) -> None:
-    cluster = cluster_of(peer)
+    watch = watch_of(peer)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
     seen = [cluster.revision()]
-    cluster.refresh()
+    watch.look()
     seen.append(cluster.revision())
-    cluster.refresh()
+    watch.look()
     assert cluster.revision() == seen[-1]
     peer.node["revision"] = "2"
-    cluster.refresh()
+    watch.look()
     seen.append(cluster.revision())
     assert len(set(seen)) == 3
 
 
 def test_one_missed_poll_takes_nothing_away_but_a_lost_peer_does(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest
 ) -> None:
-    cluster = cluster_of(peer)
+    watch = watch_of(peer)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
-    cluster.refresh()
+    watch.look()
     peer.peer.close()
     for failures in range(1, FAILURES_MAX + 1):
-        cluster.refresh()
+        watch.look()
         is_lost = failures == FAILURES_MAX
         assert cluster.peers()[0].state is (PeerState.UNREACHABLE if is_lost else PeerState.SUSPECT)
         assert ("p" in cluster.holdings()) is not is_lost
@@ -156,18 +181,19 @@ DAY_S = 86_400.0
 
 @pytest.mark.parametrize("jump_s", [3 * DAY_S, -3 * DAY_S], ids=["forward", "back"])
 def test_nobody_becomes_suspect_or_lost_when_the_hosts_date_is_set(
-    cluster_of: Callable[..., Cluster],
+    watch_of: Callable[..., Watch],
     odd_peer: Callable[[], Any],
     manifest: Manifest,
     monkeypatch: pytest.MonkeyPatch,
     jump_s: float,
 ) -> None:
     alive, failing = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
-    cluster = cluster_of(alive, failing)
+    watch = watch_of(alive, failing)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
-    cluster.refresh()
+    watch.look()
     failing.peer.close()
-    cluster.refresh()
+    watch.look()
 
     def seen() -> list[PeerState]:
         return [peer.state for peer in cluster.peers()]
@@ -176,31 +202,33 @@ def test_nobody_becomes_suspect_or_lost_when_the_hosts_date_is_set(
     set_clock(monkeypatch, "time", jump_s)
     assert seen() == [PeerState.ALIVE, PeerState.SUSPECT]
     assert list(cluster.holdings()) == ["p", "q"]
-    cluster.refresh()
+    watch.look()
     assert seen() == [PeerState.ALIVE, PeerState.SUSPECT]
     assert cluster.peers()[1].failures < FAILURES_MAX
 
 
 def test_silence_is_still_noticed_whatever_the_hosts_date_says(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = cluster_of(peer)
-    cluster.refresh()
+    watch = watch_of(peer)
+    cluster = watch.cluster
+    watch.look()
     set_clock(monkeypatch, "time", -3 * DAY_S)
     set_clock(monkeypatch, "monotonic", SUSPECT_AFTER_S)
     assert cluster.peers()[0].state is PeerState.SUSPECT
 
 
-def test_when_a_peer_was_seen_is_told_as_a_date(cluster_of: Callable[..., Cluster], peer: Script) -> None:
-    cluster = cluster_of(peer)
+def test_when_a_peer_was_seen_is_told_as_a_date(watch_of: Callable[..., Watch], peer: Script) -> None:
+    watch = watch_of(peer)
+    cluster = watch.cluster
     assert cluster.last_seen("p") is None
     before = datetime.now(UTC)
-    cluster.refresh()
+    watch.look()
     seen = cluster.last_seen("p")
     assert seen is not None
     assert before <= seen <= datetime.now(UTC)
     peer.peer.close()
-    cluster.refresh()
+    watch.look()
     assert cluster.last_seen("p") == seen
 
 
@@ -211,15 +239,16 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, name: str, offset_s: float) -> No
 
 
 def test_alive_peers_come_before_suspect_ones(
-    cluster_of: Callable[..., Cluster], odd_peer: Callable[[], Any], manifest: Manifest
+    watch_of: Callable[..., Watch], odd_peer: Callable[[], Any], manifest: Manifest
 ) -> None:
     first, second = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
-    cluster = cluster_of(first, second)
+    watch = watch_of(first, second)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
-    cluster.refresh()
+    watch.look()
     assert list(cluster.holdings()) == ["p", "q"]
     first.peer.close()
-    cluster.refresh()
+    watch.look()
     assert list(cluster.holdings()) == ["q", "p"]
 
 
@@ -233,99 +262,164 @@ def test_alive_peers_come_before_suspect_ones(
     ],
 )
 def test_a_peer_that_disagrees_is_listed_with_the_reason_and_is_no_source(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, change: dict[str, Any], said: str
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest, change: dict[str, Any], said: str
 ) -> None:
-    cluster = cluster_of(peer)
+    watch = watch_of(peer)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
-    cluster.refresh()
+    watch.look()
     assert "p" in cluster.holdings()
     peer.node |= change
-    cluster.refresh()
+    watch.look()
     (seen,) = cluster.peers()
     assert seen.state is PeerState.ALIVE
     assert seen.conflict is not None
     assert said in seen.conflict
     assert cluster.holdings() == {}
     peer.node |= {"node_id": "p", "model": "tiny", "namespace": "ns", "manifest_digest": manifest.digest}
-    cluster.refresh()
+    watch.look()
     assert "p" in cluster.holdings(), "as soon as it agrees again"
 
 
 def test_peers_that_disagree_among_each_other_give_no_manifest(
-    cluster_of: Callable[..., Cluster], odd_peer: Callable[[], Any], make_manifest: Callable[..., Manifest]
+    watch_of: Callable[..., Watch], odd_peer: Callable[[], Any], make_manifest: Callable[..., Manifest]
 ) -> None:
     one, other = make_manifest(experts=5), make_manifest(experts=7)
-    cluster = cluster_of(Script(odd_peer(), "p", one), Script(odd_peer(), "q", other))
-    cluster.refresh()
+    watch = watch_of(Script(odd_peer(), "p", one), Script(odd_peer(), "q", other))
+    watch.look()
     with pytest.raises(ManifestError, match="peers disagree") as refused:
-        cluster.fetch_manifest()
+        watch.prober.fetch_manifest()
     assert one.digest[:12] in str(refused.value)
     assert "--checkpoint" in str(refused.value)
 
 
 def test_the_manifest_comes_from_the_next_peer_if_one_cannot_give_it(
-    cluster_of: Callable[..., Cluster], odd_peer: Callable[[], Any], manifest: Manifest
+    watch_of: Callable[..., Watch], odd_peer: Callable[[], Any], manifest: Manifest
 ) -> None:
     broken, good = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
     broken.manifest = None
-    cluster = cluster_of(broken, good)
+    watch = watch_of(broken, good)
+    cluster = watch.cluster
     assert not cluster.has_manifest()
-    assert cluster.fetch_manifest() is None
-    cluster.refresh()
-    assert cluster.fetch_manifest() == manifest
+    assert watch.prober.fetch_manifest() is None
+    watch.look()
+    assert watch.prober.fetch_manifest() == manifest
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"node_id": 3}', b"{}"])
 def test_a_peer_that_talks_nonsense_is_one_that_does_not_answer(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, body: bytes
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest, body: bytes
 ) -> None:
-    cluster = cluster_of(peer)
+    watch = watch_of(peer)
+    cluster = watch.cluster
     peer.peer.answers["GET /v1/node"] = 200, body
-    cluster.refresh()
+    watch.look()
     (seen,) = cluster.peers()
     assert (seen.state, seen.heard_at) == (PeerState.SUSPECT, None)
     assert seen.error
 
 
 def test_a_map_that_cannot_be_had_is_asked_for_again(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest
 ) -> None:
-    cluster = cluster_of(peer)
+    watch = watch_of(peer)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
     good = peer.peer.answers["GET /v1/shard-map"]
     peer.peer.answers["GET /v1/shard-map"] = 500, b"{}"
-    cluster.refresh()
+    watch.look()
     assert cluster.holdings() == {}
     assert cluster.peers()[0].state is PeerState.ALIVE
     peer.peer.answers["GET /v1/shard-map"] = good
-    cluster.refresh()
+    watch.look()
     assert "p" in cluster.holdings()
 
 
 def test_another_manifest_voids_what_was_known(
-    cluster_of: Callable[..., Cluster], peer: Script, manifest: Manifest, make_manifest: Callable[..., Manifest]
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest, make_manifest: Callable[..., Manifest]
 ) -> None:
-    cluster = cluster_of(peer)
+    watch = watch_of(peer)
+    cluster = watch.cluster
     cluster.use_manifest(manifest, "placed")
-    cluster.refresh()
+    watch.look()
     cluster.use_manifest(make_manifest(experts=7), "placed")
     assert cluster.holdings() == {}
 
 
 def test_the_poller_looks_again_and_again_and_stops(
-    cluster_of: Callable[..., Cluster], peer: Script, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Any]
+    watch_of: Callable[..., Watch], peer: Script, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(cluster_module, "POLL_INTERVAL_S", 0.01)
-    cluster = cluster_of(peer)
-    cluster.start()
+    monkeypatch.setattr(prober_module, "PROBE_INTERVAL_S", 0.01)
+    watch = watch_of(peer)
+    watch.prober.start()
     wait_until(lambda: len(peer.peer.asked) > 3, "several polls")
-    cluster.stop()
-    assert not any(thread.name == "hotspare-poll" for thread in threading.enumerate())
+    watch.prober.stop()
+    assert not any(thread.name == "hotspare-prober" for thread in threading.enumerate())
 
 
-def test_without_peers_nobody_polls(cluster_of: Callable[..., Cluster]) -> None:
-    cluster = cluster_of()
-    cluster.start()
-    cluster.refresh()
-    assert not any(thread.name == "hotspare-poll" for thread in threading.enumerate())
-    cluster.stop()
+def test_without_peers_nobody_polls(watch_of: Callable[..., Watch]) -> None:
+    watch = watch_of()
+    watch.prober.start()
+    watch.look()
+    assert not any(thread.name == "hotspare-prober" for thread in threading.enumerate())
+    watch.prober.stop()
+
+
+def test_three_parties_that_look_at_once_count_one_failure(watch_of: Callable[..., Watch], peer: Script) -> None:
+    watch = watch_of(peer)
+    watch.look()
+    peer.peer.close()
+    for _ in range(FAILURES_MAX):
+        watch.prober.look()
+    (seen,) = watch.cluster.peers()
+    assert (seen.state, seen.failures) == (PeerState.SUSPECT, 1)
+
+
+def test_a_peer_is_asked_by_one_party_at_a_time(
+    watch_of: Callable[..., Watch], peer: Script, wait_until: Callable[..., Any]
+) -> None:
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def slowly() -> tuple[int, bytes]:
+        asked.set()
+        may_answer.wait(33)
+        return 200, orjson.dumps(peer.node)
+
+    peer.peer.answers["GET /v1/node"] = slowly
+    watch = watch_of(peer)
+    lookers = [threading.Thread(target=watch.prober.look) for _ in range(5)]
+    for looker in lookers:
+        looker.start()
+    assert asked.wait(33)
+    may_answer.set()
+    for looker in lookers:
+        looker.join(33)
+        assert not looker.is_alive()
+    assert peer.peer.asked.count("GET /v1/node") == 1
+
+
+def test_a_slow_peer_is_not_waited_for_longer_than_was_said(
+    watch_of: Callable[..., Watch], odd_peer: Callable[[], Any], manifest: Manifest
+) -> None:
+    may_answer = threading.Event()
+    slow, quick = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
+    slow.peer.answers["GET /v1/node"] = lambda: ((may_answer.wait(33) and 200) or 200, orjson.dumps(slow.node))
+    watch = watch_of(slow, quick)
+    watch.prober.look(0.05)  # returns at all: nobody has let the slow one answer
+    try:
+        while watch.cluster.peers()[1].state is not PeerState.ALIVE:
+            watch.prober.look(0.05)
+        assert watch.cluster.peers()[0].heard_at is None
+    finally:
+        may_answer.set()
+
+
+def test_a_peer_that_brings_an_unforeseen_error_is_one_that_failed(
+    watch_of: Callable[..., Watch], peer: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = watch_of(peer)
+    monkeypatch.setattr(watch.client, "node", lambda url: [][3])
+    watch.look()
+    (seen,) = watch.cluster.peers()
+    assert (seen.failures, seen.error) == (1, "IndexError: list index out of range")
+    assert "unforeseen" in caplog.text
