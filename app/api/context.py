@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -17,7 +18,7 @@ from app.restores.consumers import ConsumerStore
 from app.restores.pushes import PushDesk
 from app.restores.store import RestoreStore
 from app.settings import Settings
-from transfer.engine import TransferEngine
+from transfer.engine import MooncakeEngine, TransferEngine
 from transfer.loop import Loop
 
 _log = logging.getLogger("hotspare.node")
@@ -39,14 +40,18 @@ class Context:
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
-    def open(cls, settings: Settings, engine: TransferEngine | None = None) -> Context:
-        """Open the node: claim, adopt or allocate. Blocks; raises what `Node.open` raises, and leaves nothing then."""
+    def open(cls, settings: Settings, start_engine: Callable[[], TransferEngine] | None = None) -> Context:
+        """Open the node: claim, adopt or allocate. Blocks; raises what `Node.open` raises, and leaves nothing then.
+
+        `start_engine` starts a transfer engine: Mooncake's by default.
+        """
         client = PeerClient(settings.token.get_secret_value() if settings.token else None)
         cluster = Cluster(Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace))
         prober = Prober(cluster, client)
-        node = Node(settings, cluster, prober)
+        start = start_engine or (lambda: MooncakeEngine(settings.engine_host, settings.transport))
+        node = Node(settings, cluster, prober, start)
         try:
-            node.open(engine)
+            node.open()
         except BaseException:
             client.close()
             raise

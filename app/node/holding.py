@@ -7,8 +7,9 @@ A holding that was replaced stays readable for as long as somebody has it: its m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,23 @@ class Holding:
     def is_recorded(self, row: int) -> bool:
         """Whether the block was published here once: then its checksum is on record."""
         return self.segment.checksum(row) != UNKNOWN_CHECKSUM
+
+    @property
+    def address_told(self) -> Callable[[int], int]:
+        """Manifest row → where peers find the block: in the view of our memory that is open to the engine."""
+        is_view = set(self.registered) <= set(self.segment.served_ranges())
+        return self.segment.served_address if is_view else self.segment.address
+
+    def replicas(self, session_id: str) -> dict[int, tuple[str, dict[str, Any]]]:
+        """What is published here, as the shard map has it: row → (checksum in hex, where it is)."""
+        address = self.address_told
+        return {
+            row: (
+                self.segment.checksum(row).hex(),
+                {"node_id": self.node_id, "session_id": session_id, "address": address(row)},
+            )
+            for row in self.published().tolist()
+        }
 
     def checks(self) -> dict[str, bool]:
         """What READY consists of."""

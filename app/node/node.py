@@ -15,7 +15,7 @@ reservation of hundreds of gigabytes or for a comparison with files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -37,7 +37,7 @@ from shm.layout import BlockState, SegmentName, SegmentState
 from shm.manifest import Manifest
 from shm.segment import Segment
 from transfer.checkpoint.content import DIGEST_NBYTES, PinnedCheckpoint
-from transfer.engine import MooncakeEngine, TransferEngine
+from transfer.engine import DisposableEngine, TransferEngine
 from transfer.errors import CheckpointError, NothingToRestore
 from transfer.plan import Piece, Want
 from transfer.progress import Progress
@@ -45,6 +45,8 @@ from transfer.restore import Restore
 from transfer.sources import SourceKind
 
 UNKNOWN_ORIGIN = bytes(DIGEST_NBYTES)  # of content that came from peers
+
+RDMA = "rdma"
 
 _log = logging.getLogger("hotspare.node")
 
@@ -61,15 +63,22 @@ class NodeState(StrEnum):
 class Node:
     """One node. `open`, `plan_restore` and `run` block; what is read of it is for any thread."""
 
-    def __init__(self, settings: Settings, cluster: Cluster, prober: Prober) -> None:
+    def __init__(
+        self, settings: Settings, cluster: Cluster, prober: Prober, start_engine: Callable[[], TransferEngine]
+    ) -> None:
+        """`start_engine` starts a transfer engine, and raises EngineError where it cannot."""
         self.settings = settings
         self.cluster = cluster
         self.name = SegmentName(settings.namespace, settings.require_model(), settings.node_id)
         self.checkpoint = OwnCheckpoint(settings.checkpoint, self.name.model, settings.include)
         self.engine: TransferEngine | None = None
+        """Serves what is published to peers. None until `open`."""
         self.holding: Holding | None = None
         """None while there is no manifest. Read it once, and go by what was read."""
         self._prober = prober
+        self._start_engine = start_engine
+        self._reader = DisposableEngine(start_engine)
+        """Reads from peers. Thrown away after a transfer that was given up on, and by `close`."""
         self._segment: Segment | None = None
         self.is_restoring = False
         """Whether a restore into the segment is under way."""
@@ -77,14 +86,14 @@ class Node:
 
     # -- starting --------------------------------------------------------------------------------------------
 
-    def open(self, engine: TransferEngine | None = None) -> None:
-        """Claim the segment, start an engine if none is given, and adopt what a predecessor left, if it is right.
+    def open(self) -> None:
+        """Claim the segment, start an engine, and adopt what a predecessor left, if it is right.
 
         Raises SegmentBusy, EngineError, CheckpointError, SharedMemoryFull: none of them leaves a segment behind.
         """
         self._segment = Segment.claim(self.name)
         try:
-            self.engine = engine or MooncakeEngine(self.settings.engine_host, self.settings.transport)
+            self.engine = self._start_engine()
             if self._segment.is_allocated:
                 self._adopt(self._segment)
             elif (pinned := self.checkpoint.pinned(self._segment)) is not None:
@@ -134,19 +143,35 @@ class Node:
         self.cluster.use_manifest(manifest, placement.digest, content.hex())
 
     def _register(self, segment: Segment) -> tuple[tuple[int, int], ...]:
-        """Open the segment's memory to the engine, as far as it is not yet; what is open then."""
-        before, ranges = self.holding.registered if self.holding else (), segment.data_ranges()
+        """Open what others may read to the engine, as far as it is not yet; what is open then.
+
+        That is a view of the segment's memory through which nobody can write: what a peer asks to be written there is
+        refused, whatever it calls us (tried over TCP). Over RDMA the card's driver refuses such a view.
+        """
+        before = self.holding.registered if self.holding else ()
+        is_rdma = self.settings.transport == RDMA
+        ranges = segment.data_ranges() if is_rdma else segment.served_ranges()
+        new = [each for each in ranges if each not in before]
         if self.engine is not None:
-            self.engine.register([each for each in ranges if each not in before])
+            self.engine.register(new)
+        if is_rdma:  # where bytes are read to must be registered there, too
+            self._reader.register(new)
         return tuple(ranges)
 
     def start_over(self, pinned: PinnedCheckpoint) -> None:
         """Give the segment's content up, and make room for that of a checkpoint in a new one."""
         before, self.holding = self.holding, None
-        if self.engine is not None and before is not None:
-            self.engine.unregister(before.registered)
+        if before is not None:
+            self._withdraw(before)
         self._segment = self.segment.renew()
         self._take(pinned)
+
+    def _withdraw(self, holding: Holding) -> None:
+        """Close to others what `_register` opened."""
+        if self.engine is not None:
+            self.engine.unregister(holding.registered)
+        if self.settings.transport == RDMA:
+            self._reader.unregister(holding.registered)
 
     # -- what is so ------------------------------------------------------------------------------------------
 
@@ -219,15 +244,16 @@ class Node:
             self._use(manifest, bytes.fromhex(version.content_digest))
             self._prober.look()
         self._look_at_disk(self._held())
-        holding, engine = self._held(), self.engine
-        assert engine is not None
+        self._reader.fence()  # what an earlier restore could not end must not write into this one's blocks
+        holding = self._held()
         rows = holding.rows_of(experts).tolist()
         disk = holding.disk if SourceKind.DISK in kinds else None
-        tiers, offers, expected = offer(holding, rows, self.cluster, engine, disk, kinds)
+        tiers, offers, expected = offer(holding, rows, self.cluster, self._reader, disk, kinds)
         wants = [_want(holding, row, expected.get(row)) for row in rows]
         destination = SegmentDestination(holding)
         keys = holding.manifest.keys
-        return Restore(wants, offers, tiers, destination, keys.__getitem__, progress, partial(self._settle, holding))
+        settle = partial(self._settle, holding)
+        return Restore(wants, offers, tiers, destination, keys.__getitem__, progress, settle, self._reader.fence)
 
     def _look_at_disk(self, holding: Holding) -> None:
         """Take the checkpoint for a source as long as it has the content that we hold.
@@ -278,8 +304,9 @@ class Node:
         if segment is None:
             return
         try:
-            if self.engine is not None and holding is not None:
-                self.engine.unregister(holding.registered)
+            self._reader.fence()
+            if holding is not None:
+                self._withdraw(holding)
         except Exception:  # what it will not give back must not keep the segment owned
             _log.exception("the engine did not let go of the segment's memory: closing the segment all the same")
         if segment.state is SegmentState.SEALED:

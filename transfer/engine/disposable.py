@@ -31,6 +31,7 @@ class DisposableEngine:
         self._engine: TransferEngine | None = None
         self._opened: list[tuple[int, int]] = []
         self._gone: list[weakref.ref[TransferEngine]] = []
+        self._is_tainted = False
         self._users = 0
         self._changed = threading.Condition()
 
@@ -44,6 +45,9 @@ class DisposableEngine:
             self._users += 1
         try:
             yield engine
+        except TransferFailed as error:
+            self._is_tainted |= error.timed_out
+            raise
         finally:
             del engine
             with self._changed:
@@ -82,6 +86,11 @@ class DisposableEngine:
         with self._use() as engine:
             engine.write(session_id, copies)
 
+    def fence(self) -> None:
+        """Drop the engine if a transfer with it was given up on, which might still arrive. Raises as `drop` does."""
+        if self._is_tainted:
+            self.drop()
+
     def drop(self) -> None:
         """Once this returns, nothing of what was asked of the engine, or of others by its leave, arrives any more.
 
@@ -98,6 +107,7 @@ class DisposableEngine:
             gc.collect()
         if self._are_alive():
             raise TransferFailed("the transfer engine is held by somebody, and what it had under way may still arrive")
+        self._is_tainted = False
 
     def _are_alive(self) -> bool:
         """Whether one that was dropped, now or before, still is there."""

@@ -94,6 +94,25 @@ def test_what_it_had_under_way_never_arrives(
     assert (ours.array == 7).all()
 
 
+def test_a_fence_is_drawn_only_where_something_may_still_arrive(
+    started: Started, network: Network, peer: EngineDouble, theirs: Memory
+) -> None:
+    engine, ours = DisposableEngine(started), Memory(7)
+    engine.read(peer.session_id, [Copy(ours.address, theirs.address, NBYTES)])
+    network.fail(peer.session_id)
+    with pytest.raises(TransferFailed):
+        engine.read(peer.session_id, [Copy(ours.address, theirs.address, NBYTES)])
+    engine.fence()
+    assert engine.is_running, "a transfer that failed has ended"
+    network.stop(peer.session_id)
+    read_in_vain(engine, peer, ours, theirs)
+    engine.fence()
+    assert not engine.is_running
+    assert engine.session_id
+    engine.fence()
+    assert engine.is_running
+
+
 def test_without_being_dropped_it_arrives(
     started: Started, network: Network, peer: EngineDouble, theirs: Memory
 ) -> None:
