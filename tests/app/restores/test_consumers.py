@@ -85,7 +85,7 @@ class Engine:
 
 
 @pytest.fixture
-def engine(python: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., Engine]:
+def engine(python_with_torch: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., Engine]:
     """`engine(placement, ttl_s=…, left_out=…, device=…)` → a process that owns tensors and an engine, and waits.
 
     `left_out` ranges are not registered with its engine, though it says so.
@@ -94,7 +94,7 @@ def engine(python: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., En
     def start(
         placement: list[int] = REDUNDANT, *, ttl_s: float = 300, left_out: int = 0, device: str = "cpu"
     ) -> Engine:
-        return Engine(python(ENGINE, moe_checkpoint, json.dumps(placement), ttl_s, left_out, device))
+        return Engine(python_with_torch(ENGINE, moe_checkpoint, json.dumps(placement), ttl_s, left_out, device))
 
     return start
 

@@ -60,6 +60,7 @@ def seconds_left(url: str) -> float:
     return float(httpx.get(f"{url}/v1/consumers/rank-0").json()["expires_in_s"])
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_any_node_has_the_slots_filled_until_they_are_let_go(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any]
 ) -> None:
@@ -92,6 +93,7 @@ def test_any_node_has_the_slots_filled_until_they_are_let_go(
     assert consumers(nodes.urls[0]) == [], "closed"
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_a_node_that_was_restarted_is_told_again(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any]
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_new_engine_takes_the_registration_over(
         assert rank.is_right
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_what_stands_against_a_registration_is_said(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
     rank = Rank(tiny_qwen3_moe)
     with Restorer(NOBODY) as restorer:

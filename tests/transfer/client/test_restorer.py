@@ -390,6 +390,7 @@ class Rank:
 
 
 @pytest.mark.parametrize(("tp", "lent"), [(1, False), (1, True), (5, False)], ids=["straight", "lent engine", "parts"])
+@pytest.mark.usefixtures("kept_engines")
 def test_peers_serve_until_the_last_and_then_the_disk(
     tp: int, lent: bool, tiny_qwen3_moe: Path, cluster: Callable[..., Any]
 ) -> None:
@@ -420,6 +421,7 @@ def test_peers_serve_until_the_last_and_then_the_disk(
         assert rank.is_right
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_a_peer_that_was_restarted_is_found_under_its_new_session(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any]
 ) -> None:
@@ -436,6 +438,7 @@ def test_a_peer_that_was_restarted_is_found_under_its_new_session(
         assert rank.is_right
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_a_rotten_block_comes_from_the_next_replica(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
     nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
     rank = Rank(tiny_qwen3_moe, "qwen")
@@ -452,6 +455,7 @@ def test_a_rotten_block_comes_from_the_next_replica(tiny_qwen3_moe: Path, cluste
     assert rank.is_right
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_slots_in_too_many_ranges_are_filled_by_way_of_host_buffers(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,6 +474,7 @@ def test_slots_in_too_many_ranges_are_filled_by_way_of_host_buffers(
             restorer.register("rank-0")
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_a_stopped_node_is_left_aside(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
     nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
     rank = Rank(tiny_qwen3_moe, "qwen")
@@ -503,7 +508,7 @@ def test_what_a_peer_sends_after_it_timed_out_reaches_no_slot(
         assert restorer.session_id is None, "the engine that might still be sent bytes is gone"
         rank.wipe()
         nodes.processes[1].send_signal(signal.SIGCONT)
-        nodes.wait(1, "/readyz")
+        nodes.wait_ready(1)
         assert not rank.is_right
         assert all((tensor == -1).all() for tensor in rank.held.values())
         assert restorer.restore().ok
