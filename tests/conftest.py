@@ -6,7 +6,6 @@ import ctypes
 import itertools
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -25,7 +24,7 @@ from shm.layout import SHM_DIRECTORY, BlockState, SegmentName
 from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from tests import processes
-from tests.processes import NODE_MODULES, ROOT, Child, Daemon, Process, Zygote, die_with_parent
+from tests.processes import NODE_MODULES, ROOT, Child, Daemon, Zygote, start_anew
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.checkpoint.synth import write_checkpoint
 from transfer.engine import MooncakeEngine
@@ -252,8 +251,8 @@ def torch_zygote() -> Iterator[Zygote]:
 
 
 @pytest.fixture
-def children() -> Iterator[list[Child]]:
-    """Processes that are killed at the end of the test."""
+def children(namespace: str) -> Iterator[list[Child]]:
+    """Processes that are killed at the end of the test, before its namespace is looked through."""
     started: list[Child] = []
     yield started
     for child in started:
@@ -261,18 +260,18 @@ def children() -> Iterator[list[Child]]:
 
 
 @pytest.fixture
-def python(children: list[Child], namespace: str) -> Callable[..., Child]:
-    """`python(code, *arguments)` → a `Child`: a new interpreter that runs the code, killed at the end of the test."""
+def python(children: list[Child], node_zygote: Zygote) -> Callable[..., Child]:
+    """`python(code, *arguments, environment=…, network=…)` → a `Child` that runs it, killed at the end of the test.
 
-    def start(code: str, *arguments: object, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Child:
-        command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
+    It has imported from the start what nodes import. Behind another command, `prefix`, it has not.
+    """
 
-        def run(stdin: int, stdout: int, stderr: int) -> Process:
-            return subprocess.Popen(
-                command, cwd=ROOT, env=env, stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=die_with_parent
-            )
-
-        children.append(Child(run))
+    def start(code: str, *arguments: object, prefix: Sequence[str] = (), **options: Any) -> Child:
+        command = ["-c", code, *map(str, arguments)]
+        if prefix:
+            children.append(Child(lambda to: start_anew([*prefix, sys.executable, *command], to, cwd=ROOT, **options)))
+        else:
+            children.append(Child(lambda to: node_zygote.fork(command, to, **options)))
         return children[-1]
 
     return start
@@ -280,11 +279,10 @@ def python(children: list[Child], namespace: str) -> Callable[..., Child]:
 
 @pytest.fixture
 def python_with_torch(children: list[Child], torch_zygote: Zygote) -> Callable[..., Child]:
-    """`python_with_torch(code, *arguments)` → a `Child` that has torch from the start: importing it takes seconds."""
+    """`python_with_torch(code, *arguments, environment=…, network=…)`: it has torch, whose import takes seconds."""
 
-    def start(code: str, *arguments: object) -> Child:
-        command = ["-c", code, *map(str, arguments)]
-        children.append(Child(lambda *streams: torch_zygote.fork(command, *streams, os.environ, str(ROOT))))
+    def start(code: str, *arguments: object, **options: Any) -> Child:
+        children.append(Child(lambda to: torch_zygote.fork(["-c", code, *map(str, arguments)], to, **options)))
         return children[-1]
 
     return start

@@ -115,13 +115,24 @@ class Zygote:
             )  # fmt: skip
 
     def fork(
-        self, command: Sequence[str], stdin: int, stdout: int, stderr: int, environment: Mapping[str, str], cwd: str
+        self,
+        command: Sequence[str],
+        streams: Sequence[int],
+        environment: Mapping[str, str] | None = None,
+        directory: Path = ROOT,
+        network: str = "",
     ) -> Forked:
-        """Run `-m MODULE …` or `-c CODE …`; the streams are descriptors, which stay the caller's to close."""
+        """Run `-m MODULE …` or `-c CODE …`, in a network namespace if one is named.
+
+        The streams are descriptors of stdin, stdout and stderr, which stay the caller's to close.
+        """
         told, tells = os.pipe()
-        request = {"command": list(command), "environment": dict(environment), "directory": cwd}
+        request = {
+            "command": list(command), "environment": dict(os.environ if environment is None else environment),
+            "directory": str(directory), "network": network,
+        }  # fmt: skip
         try:
-            socket.send_fds(self._requests, [json.dumps(request).encode()], [stdin, stdout, stderr, tells])
+            socket.send_fds(self._requests, [json.dumps(request).encode()], [*streams, tells])
         finally:
             os.close(tells)
         return Forked(command, told)
@@ -132,15 +143,22 @@ class Zygote:
         self._process.wait(DEADLINE_S)
 
 
+def start_anew(command: Sequence[str], streams: Sequence[int], **options: Any) -> Process:
+    """A process that is not forked but started."""
+    stdin, stdout, stderr = streams
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=die_with_parent, **options)
+
+
 class Child:
     """A process that says on stdout how far it is, and goes on when it is told to."""
 
-    def __init__(self, start: Callable[[int, int, int], Process]) -> None:
+    def __init__(self, start: Callable[[list[int]], Process]) -> None:
+        """`start` is given descriptors of stdin, stdout and stderr for it."""
         stdin, self._stdin = os.pipe()
         self._stdout, stdout = os.pipe()
         self._stderr = os.memfd_create("stderr")  # a pipe that nobody reads would hold up who writes much
         try:
-            self._process = start(stdin, stdout, self._stderr)
+            self._process = start([stdin, stdout, self._stderr])
         finally:
             os.close(stdin)
             os.close(stdout)
@@ -177,6 +195,11 @@ class Child:
 
     def tell(self, word: str = "") -> None:
         os.write(self._stdin, word.encode() + b"\n")
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        """Ask it to stop, and wait for its end."""
+        self._process.send_signal(number)
+        return self.wait()
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -218,7 +241,7 @@ class Daemon:
         own = {name: value for name, value in os.environ.items() if not name.startswith(("HOTSPARE_", "MC_"))}
         with log.open("ab") as output, open(os.devnull) as nothing:
             self.process: Process = zygote.fork(
-                command, nothing.fileno(), output.fileno(), output.fileno(), {**own, **environment}, str(ROOT)
+                command, [nothing.fileno(), output.fileno(), output.fileno()], {**own, **environment}
             )
 
     @property

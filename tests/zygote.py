@@ -12,6 +12,7 @@ pipe is told the process's id, and, when it has ended, its exit status.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib
 import json
@@ -21,13 +22,15 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 REQUEST_NBYTES_MAX = 1 << 17
 DESCRIPTORS = 4
 PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
+CLONE_NEWNET = 0x4000_0000
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def wait_for_a_request(requests: socket.socket) -> dict[str, Any]:
@@ -90,6 +93,8 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
+    if request["network"]:
+        _enter(request["network"])
     how, what, *arguments = request["command"]
     if how == "-m":
         sys.argv = [what, *arguments]
@@ -99,12 +104,39 @@ def become(request: dict[str, Any]) -> None:
         exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
 
 
+def _enter(network: str) -> None:
+    """Go on in a network namespace that `ip netns` has made."""
+    with open(f"/run/netns/{network}") as namespace:
+        if _libc.setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"no network namespace {network}")
+
+
+def leave(error: BaseException | None) -> NoReturn:
+    """End as Python does, but do not take every module apart first: that is 0.2 s for nothing."""
+    status = 0
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        status = 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for those who run the tests, who will end this
     requests = socket.socket(fileno=int(sys.argv[1]))
     for module in sys.argv[2:]:
         importlib.import_module(module)
-    become(wait_for_a_request(requests))
+    request = wait_for_a_request(requests)
+    try:
+        become(request)
+    except BaseException as error:
+        leave(error)
+    leave(None)
 
 
 if __name__ == "__main__":
