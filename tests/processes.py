@@ -45,6 +45,29 @@ def wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float =
     return answer
 
 
+def pause(pid: int) -> None:
+    """SIGSTOP, and wait until no thread of it runs: until then it may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(_state(task) == "T" for task in Path(f"/proc/{pid}/task").iterdir()), f"{pid} stands still")
+
+
+def _state(task: Path) -> str:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def processor_time(work: Callable[[], Any], attempts: int = 5) -> float:
+    """Seconds of a processor that the work takes in this thread, at best: to be compared with those of other work.
+
+    Seconds by the clock say little on a machine with other work, and seconds alone little of any machine.
+    """
+    taken = []
+    for _ in range(attempts):
+        started = time.thread_time()
+        work()
+        taken.append(time.thread_time() - started)
+    return min(taken)
+
+
 class Process(Protocol):
     """As much of `subprocess.Popen` as tests need."""
 
@@ -316,6 +339,13 @@ class Daemon:
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
+
+    def pause(self) -> None:
+        """SIGSTOP: it holds its connections, and answers nothing."""
+        pause(self.pid)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""

@@ -128,10 +128,6 @@ class Cluster:
     def urls(self) -> list[str]:
         return [node.url for node in self._nodes]
 
-    @property
-    def processes(self) -> list[Any]:
-        return [node.process for node in self._nodes]
-
     def segment(self, number: int) -> Path:
         return self._segment(self._nodes[number].node_id)
 
@@ -140,6 +136,12 @@ class Cluster:
 
     def start_again(self, number: int) -> None:
         self._nodes[number] = self._start(number).wait_ready()
+
+    def pause(self, number: int) -> None:
+        self._nodes[number].pause()
+
+    def resume(self, number: int) -> None:
+        self._nodes[number].resume()
 
     def wait_ready(self, number: int) -> None:
         self._nodes[number].wait_ready()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.processes import pause, wait_until
 from transfer import engine as engine_module
 from transfer.engine import ITEMS_PER_BATCH_MAX, Copy, MooncakeEngine, pieces, set_defaults, within_pieces
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
@@ -213,15 +213,12 @@ def test_a_stopped_peer_is_given_up_and_said_to_be_late(
     monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "0.33")
     peer, ours = start_peer(), memory(777_777)
     engine.read(peer.session_id, [Copy(ours.ctypes.data, peer.address, 33)])
-    peer.process.send_signal(signal.SIGSTOP)
+    pause(peer.process.pid)
     with pytest.raises(TransferFailed) as failed:
         engine.read(peer.session_id, [Copy(ours.ctypes.data, peer.address, 777_000)])
     assert failed.value.timed_out
     peer.process.send_signal(signal.SIGCONT)  # the late bytes do come, and only then may the memory be let go
-    deadline = time.monotonic() + 30
-    while not (ours[:777_000] == peer.data[:777_000]).all():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: (ours[:777_000] == peer.data[:777_000]).all(), "the late bytes")
 
 
 def test_a_dead_peer_fails_the_transfer(engine: MooncakeEngine, start_peer: Callable[[], Peer], memory: Any) -> None:
