@@ -191,8 +191,8 @@ def test_deepseeks_count_of_experts_makes_a_small_document_that_is_quickly_check
     assert (len(document["slots"]), len(document["forms"])) == (14848, 1)
     assert len(json.dumps(document)) < 2 << 20
     table = table_of(document, manifest)
-    written_and_read = processor_time(lambda: json.loads(json.dumps(document)))
-    assert processor_time(lambda: table_of(document, manifest)) < 20 * written_and_read
+    written_and_read = processor_time(lambda: json.loads(json.dumps(document)), 3)
+    assert processor_time(lambda: table_of(document, manifest), 3) < 20 * written_and_read
     assert (len(table.rows), table.nbytes) == (14848, 14848 * 3 * 32)
     part = table.part(table.rows[:3])
     assert (len(part["slots"]), len(part["ranges"])) == (3, 2)
