@@ -188,7 +188,7 @@ def test_a_segment_can_be_attached_to_many_times_without_leaking_descriptors(
     ["tensor.fill_(0)", "weights.block(0).obj and ctypes.memset(weights.address(0), 0, 1)"],
 )
 def test_writing_to_a_tensor_ends_the_writer_and_changes_nothing(
-    python: Callable[..., Any], sealed: Callable[..., Segment], namespace: str, write: str
+    python_with_torch: Callable[..., Any], sealed: Callable[..., Segment], namespace: str, write: str
 ) -> None:
     """The pages are read-only, whatever torch says of the tensor: SIGSEGV, in the process that wrote."""
     sealed()
@@ -202,7 +202,7 @@ print("writes", flush=True)
 {write}
 print("wrote", flush=True)
 """
-    child = python(code, namespace)
+    child = python_with_torch(code, namespace)
     child.expect("writes")
     status, said, _ = child.wait()
     assert status == -signal.SIGSEGV

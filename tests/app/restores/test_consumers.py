@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.errors import Conflict, LimitReached, NotFound
 from app.restores.consumers import CONSUMERS_MAX, ConsumerStore
+from tests.processes import pause
 from transfer.push.table import FormCopy, PushTable, SlotBases
 
 # An engine: it fills its parameters with noise, registers them, says where they are, and from then on only waits.
@@ -85,7 +87,7 @@ class Engine:
 
 
 @pytest.fixture
-def engine(python: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., Engine]:
+def engine(python_with_torch: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., Engine]:
     """`engine(placement, ttl_s=…, left_out=…, device=…)` → a process that owns tensors and an engine, and waits.
 
     `left_out` ranges are not registered with its engine, though it says so.
@@ -94,7 +96,7 @@ def engine(python: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., En
     def start(
         placement: list[int] = REDUNDANT, *, ttl_s: float = 300, left_out: int = 0, device: str = "cpu"
     ) -> Engine:
-        return Engine(python(ENGINE, moe_checkpoint, json.dumps(placement), ttl_s, left_out, device))
+        return Engine(python_with_torch(ENGINE, moe_checkpoint, json.dumps(placement), ttl_s, left_out, device))
 
     return start
 
@@ -250,17 +252,15 @@ def test_memory_that_the_engine_did_not_register_is_refused_by_the_engine_itself
 
 
 def test_a_stopped_engine_does_not_hold_a_restore_up_for_long(
-    cluster: Callable[..., list[Any]], engine: Callable[..., Engine], wait_until: Callable[..., Any]
+    cluster: Callable[..., list[Any]], engine: Callable[..., Engine]
 ) -> None:
     (node,), rank = cluster(1, 1), engine([1, 2])
     put(node, rank.document)
     assert restore(node)["state"] == "succeeded"
-    process = psutil.Process(rank.child.pid)
-    process.suspend()
-    wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "stopped")
+    pause(rank.child.pid)
     done = restore(node, sources=["peer"])
     assert done["state"] == "failed"
-    process.resume()
+    os.kill(rank.child.pid, signal.SIGCONT)
     assert restore(node)["state"] == "succeeded"
     assert node.get("/v1/consumers/rank-0")["error"] is None
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
+from tests.processes import pause
 from transfer.engine import ITEMS_PER_BATCH_MAX, Copy, MooncakeEngine, TransferEngine, protocol
 from transfer.engine.double import EngineDouble, Network
 from transfer.errors import EngineRefused, TransferFailed
@@ -94,7 +95,7 @@ class PeerProcess:
         self._ask("close")
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        pause(self.process.pid)
 
     def wake(self) -> None:
         self.process.send_signal(signal.SIGCONT)
