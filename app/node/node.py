@@ -137,7 +137,8 @@ class Node:
             segment.extend(rows)
         else:
             segment.allocate(manifest, rows)
-        segment.record_content(content, origin)
+        segment.record_content(content)
+        segment.record_origin(origin)
         proofs, registered = Proofs(len(manifest)), self._register(segment)
         self.holding = Holding(settings.node_id, segment, manifest, placement, content, disk, proofs, registered)
         self.cluster.use_manifest(manifest, placement.digest, content.hex())
