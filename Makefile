@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/system-libraries
 	@$(PIP_INSTALL) hatchling editables
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[cpu,dev]'
 	@$(BIN)/python -m compileall -q app shm transfer
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import app.cli, app.main, uvicorn, safetensors.torch"
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import app.cli.main, app.api.application, uvicorn, safetensors.torch"
 	@touch $@
 
 demo: setup
@@ -43,7 +43,7 @@ check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
-	@$(BIN)/python -m app.openapi_document --check
+	@$(BIN)/python -m app.api.openapi_document --check
 
 # SGLang and what it imports, beside .venv and not in it: Triton alone takes 1 GB, and torch must stay as it is.
 SGLANG := build/sglang
@@ -66,7 +66,7 @@ fmt: setup
 	@$(BIN)/ruff check --fix .
 
 openapi: setup
-	@$(BIN)/python -m app.openapi_document --write
+	@$(BIN)/python -m app.api.openapi_document --write
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

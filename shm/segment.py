@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from shm import posix
 from shm.checksum import CHECKSUM_NBYTES
@@ -213,9 +214,13 @@ class Segment:
         self._table.place(placed, offsets, self.manifest.nbytes[placed])
 
     def renew(self) -> Segment:
-        """Give this object up, name and all, and claim an empty one. Readers keep what they have mapped."""
+        """Give this object up, name and all, and claim an empty one.
+
+        Readers keep what they have mapped, and so does whoever has this `Segment`: it can be read for as long as it is
+        held, and owns nothing any more.
+        """
         posix.unlink(self.name.object_name)
-        self.close()
+        self._disown()
         return Segment.claim(self.name)
 
     def _table_copies(self) -> tuple[Entries, ...]:
@@ -304,6 +309,10 @@ class Segment:
     def published(self) -> Int64s:
         return self.rows(BlockState.PUBLISHED)
 
+    def fingerprint(self) -> str:
+        """Of the block table, hex: another one whenever a block was published, hidden or given other content."""
+        return xxhash.xxh3_64_hexdigest(self._table.entries.tobytes())
+
     def checksum(self, row: int) -> bytes:
         """The checksum recorded when the block was last published; 16 zero bytes if it never was."""
         return bytes(self._table.entries["checksum"][row])
@@ -370,6 +379,9 @@ class Segment:
         self._served.clear()
         self._table = _NO_TABLE
         self._manifest = None
+        self._disown()
+
+    def _disown(self) -> None:
         if self._fd >= 0:
             posix.unlock(self._fd)
             os.close(self._fd)

@@ -7,8 +7,7 @@ HotspareError
 │   ├── EngineRefused          the engine would not start, or would not register a range
 │   └── TransferFailed         a batch that came back with an error; `timed_out` if bytes may still land
 └── RestoreError
-    ├── NothingToRestore       the request names no block that the model has
-    └── RestoreCancelled       asked to stop; nothing half-written was published
+    └── NothingToRestore       the request names no block that the model has
 """
 
 from __future__ import annotations
@@ -48,5 +47,6 @@ class NothingToRestore(RestoreError):
     """No block of the model matches the request."""
 
 
-class RestoreCancelled(RestoreError):
-    """The restore was asked to stop."""
+def told(error: Exception) -> str:
+    """Our own errors say what is wrong; of others the class is half the message."""
+    return str(error) if isinstance(error, HotspareError) else f"{type(error).__name__}: {error}"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import app
+from app.cluster.peers import PeerClient
 from app.demo.interruption import Interruption
-from app.peers import PeerClient
 from shm.errors import HotspareError
 from shm.inventory import remove
 from shm.layout import SegmentName

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from app.demo.interruption import Interruption
-from app.units import duration, size
+from app.terminal.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ class Stage:
 
     def show_table(self, title: str) -> None:
         """Every act that brought blocks back."""
-        from app.console import table
+        from app.terminal.console import table
 
         columns = ("what was done", "blocks>", "local>", "peers>", "disk>", "time>", "GB/s>", "tensors then")
         self.console.print()

@@ -20,8 +20,8 @@ from app.demo.fleet import MODEL, REPLICAS, DemoFailed, Fleet, die_with_parent, 
 from app.demo.interruption import Interrupted, Interruption
 from app.demo.rank_process import RankProcess, rank_beside
 from app.demo.stage import Act, Stage
-from app.restore_bar import Show, bar, came_from, seconds_of, watch
-from app.units import rate, size
+from app.terminal.restore_bar import Show, bar, came_from, seconds_of, watch
+from app.terminal.units import rate, size
 from shm.errors import SharedMemoryFull
 from shm.layout import PREFIX
 from shm.posix import free_nbytes
@@ -88,7 +88,7 @@ def run(nbytes: int, *, as_json: bool) -> bool:
     """Tell the story with a checkpoint of about `nbytes`; whether every byte was right. Leaves nothing behind."""
     from rich.console import Console
 
-    from app.console import stdout, write_json
+    from app.terminal.console import stdout, write_json
 
     console = Console(stderr=True, highlight=False) if as_json else stdout()
     namespace = f"demo-{os.getpid()}"

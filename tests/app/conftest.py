@@ -15,8 +15,8 @@ import httpx
 import pytest
 import uvicorn
 
-from app.context import Context
-from app.main import create_app
+from app.api.application import create_app
+from app.api.context import Context
 from app.settings import Settings
 from transfer.engine import MooncakeEngine
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import posix_ipc
 from workbench import GIB, MIB, MODEL, Bench, Daemon, Figure, Pairs, arguments, bench, paired, shape_of, tell
 
-from app.segment_destination import SegmentDestination
+from app.node.destination import SegmentDestination
 from shm import posix
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint

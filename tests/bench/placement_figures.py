@@ -1,4 +1,4 @@
-"""Balance and movement of `app.placement`, as Markdown: `python tests/bench/placement_figures.py`.
+"""Balance and movement of `app.cluster.placement`, as Markdown: `python tests/bench/placement_figures.py`.
 
 Every figure is the worst of `CLUSTERS` clusters with other node names.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.placement import Placement
+from app.cluster.placement import Placement
 from shm.block import ExpertKey, TensorEntry
 from shm.manifest import FileSpec, Manifest
 

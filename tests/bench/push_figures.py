@@ -17,8 +17,8 @@ import httpx
 import torch
 from workbench import GIB, MODEL, Daemon, Figure, arguments, bench, paired, shape_of, tell
 
-from app.daemon import silence_native_output
-from app.peers import PeerClient
+from app.cli.daemon import silence_native_output
+from app.cluster.peers import PeerClient
 from shm.manifest import Manifest
 from transfer.checkpoint import read_checkpoint
 from transfer.engine import Copy, MooncakeEngine, within_pieces

@@ -15,7 +15,8 @@ import xxhash
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from app.models import (
+from app.api.problems import MEDIA_TYPE, Problem
+from app.documents import (
     CoverageDocument,
     Live,
     ManifestDocument,
@@ -26,7 +27,6 @@ from app.models import (
     Restores,
     ShardMap,
 )
-from app.problems import MEDIA_TYPE, Problem
 from shm.block import ExpertKey
 from shm.manifest import Manifest
 from transfer.checkpoint import read_checkpoint

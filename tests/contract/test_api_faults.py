@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from app.models import Readiness
-from app.problems import Problem
+from app.api.problems import Problem
+from app.documents import Readiness
 from shm.block import ExpertKey
 from transfer.checkpoint.synth import write_checkpoint
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from app.access import OPEN_PATHS
-from app.main import create_app
-from app.problems import MEDIA_TYPE
+from app.api.access import OPEN_PATHS
+from app.api.application import create_app
+from app.api.problems import MEDIA_TYPE
 from app.settings import Settings
 
 

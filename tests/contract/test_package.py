@@ -54,8 +54,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 def test_the_wheel_carries_every_module_and_data_file(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     assert {str(path.relative_to(ROOT)) for path in sources()} <= names
-    static = {str(p.relative_to(ROOT)) for p in (ROOT / "app" / "static").rglob("*") if p.is_file()}
-    assert "app/static/swagger-ui/swagger-ui-bundle.js" in static
+    static = {str(p.relative_to(ROOT)) for p in (ROOT / "app" / "api" / "static").rglob("*") if p.is_file()}
+    assert "app/api/static/swagger-ui/swagger-ui-bundle.js" in static
     assert static <= names
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
 
@@ -70,7 +70,7 @@ def test_the_wheel_has_its_licence_command_and_extras(wheel: zipfile.ZipFile) ->
     info = next(name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     entry_points = wheel.read(f"{info}/entry_points.txt")
-    assert b"[console_scripts]\nhotspare = app.cli:main" in entry_points
+    assert b"[console_scripts]\nhotspare = app.cli.main:main" in entry_points
     assert b"[sglang.srt.plugins]\nhotspare = transfer.sglang.plugin:register" in entry_points
     metadata = wheel.read(f"{info}/METADATA").decode()
     for extra in ("cpu", "cuda12", "cuda13"):
@@ -80,7 +80,7 @@ def test_the_wheel_has_its_licence_command_and_extras(wheel: zipfile.ZipFile) ->
 
 
 def test_mooncake_is_imported_in_one_file_only() -> None:
-    assert importers("mooncake") == ["transfer/engine.py"]
+    assert importers("mooncake") == ["transfer/engine/mooncake.py"]
 
 
 @pytest.mark.parametrize("module", sorted(SERIALIZERS))

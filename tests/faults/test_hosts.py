@@ -25,7 +25,7 @@ SENT_NBYTES = 400_000  # of them, when a host goes dark
 MC_TIMEOUT_S = "5"  # the least it takes
 _numbers = itertools.count()
 
-SERVE = "import sys; from app.cli import main; sys.argv[0] = 'hotspare'; main()"
+SERVE = "import sys; from app.cli.main import main; sys.argv[0] = 'hotspare'; main()"
 RANK = """
 import json, sys
 from pathlib import Path

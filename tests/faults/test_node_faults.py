@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.placement import Placement
+from app.cluster.placement import Placement
 from shm import ExpertKey, attach, posix
 from shm.errors import SegmentUnsealed
 from shm.layout import BlockState, SegmentName

@@ -1,6 +1,6 @@
 """A consumer's slots as the destination of a restore, and what this node can send to them: its memory, its disk.
 
-Peers that write to the consumer themselves are asked over HTTP: that source is in `app.pushes`.
+Peers that write to the consumer themselves are asked over HTTP: that source is in `app.restores.pushes`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+"""What the routes of one daemon share: made once, before it serves."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from app.cluster.cluster import Cluster
+from app.cluster.membership import Membership
+from app.cluster.peers import PeerClient
+from app.cluster.prober import Prober
+from app.node.caretaker import Caretaker
+from app.node.node import Node
+from app.restores.consumers import ConsumerStore
+from app.restores.pushes import PushDesk
+from app.restores.store import RestoreStore
+from app.settings import Settings
+from transfer.engine import TransferEngine
+from transfer.loop import Loop
+
+_log = logging.getLogger("hotspare.node")
+
+
+@dataclass(frozen=True)
+class Context:
+    """The parts of a running node, from the segment up."""
+
+    node: Node
+    cluster: Cluster
+    prober: Prober
+    restores: RestoreStore
+    caretaker: Caretaker
+    client: PeerClient
+    consumers: ConsumerStore
+    pushes: PushDesk
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @classmethod
+    def open(cls, settings: Settings, engine: TransferEngine | None = None) -> Context:
+        """Open the node: claim, adopt or allocate. Blocks; raises what `Node.open` raises, and leaves nothing then."""
+        client = PeerClient(settings.token.get_secret_value() if settings.token else None)
+        cluster = Cluster(Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace))
+        prober = Prober(cluster, client)
+        node = Node(settings, cluster, prober)
+        try:
+            node.open(engine)
+        except BaseException:
+            client.close()
+            raise
+        consumers = ConsumerStore()
+        store = RestoreStore(node, client, consumers)
+        caretaker = Caretaker(node, prober, store.start_local)
+        return cls(node, cluster, prober, store, caretaker, client, consumers, PushDesk(node, store.mend))
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        """Every thread that must live for as long as the daemon does."""
+        workers = (worker.loop for worker in self.restores.workers.values())
+        return (self.prober.loop, self.caretaker.loop, *workers)
+
+    def start(self) -> None:
+        """Begin to ask the peers, to restore and to bring what is missing, each in a thread."""
+        self.restores.start()
+        self.prober.start()
+        self.caretaker.start()
+
+    def stop(self) -> None:
+        """End every thread, then let the segment go: sealed, it stays for the next daemon. Blocks."""
+        self.caretaker.stop()
+        self.restores.stop()
+        self.prober.stop()
+        self.node.close()
+        self.client.close()

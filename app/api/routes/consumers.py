@@ -1,0 +1,94 @@
+"""Engines that registered where their expert slots lie, and the pushes into them that nodes ask of each other."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
+
+from app.api.context import Context
+from app.api.current import CurrentContext
+from app.api.problems import problem_responses
+from app.documents import ConsumerDocument, ConsumerRequest, Consumers, PushDocument, PushRequest
+from app.restores.consumers import Consumer
+from app.restores.pushes import build_table
+
+router = APIRouter(prefix="/v1", tags=["consumers"])
+
+ConsumerId = Annotated[str, Path(min_length=1, max_length=200, pattern=r"^[!-~]+$")]
+
+
+def _document(context: Context, consumer: Consumer) -> ConsumerDocument:
+    table = consumer.table
+    return ConsumerDocument(
+        id=consumer.id,
+        node_id=context.node.settings.node_id,
+        session_id=table.session_id,
+        manifest_digest=consumer.manifest_digest,
+        blocks=len(table.rows),
+        slots=table.slot_count,
+        ranges=table.range_count,
+        bytes=table.nbytes,
+        ttl_s=consumer.ttl_s,
+        registered_at=datetime.fromtimestamp(consumer.registered_at, UTC),
+        expires_in_s=context.consumers.seconds_left(consumer),
+        error=consumer.error,
+    )
+
+
+@router.put(
+    "/consumers/{consumer_id}",
+    summary="Register where an engine's expert slots lie",
+    responses={201: {"model": ConsumerDocument}, **problem_responses(401, 404, 409, 413, 422, 429, 503)},
+)
+def put_consumer(
+    context: CurrentContext, consumer_id: ConsumerId, request: ConsumerRequest, response: Response
+) -> ConsumerDocument:
+    """From then on `POST /v1/restores` on this node, with it as the target, has its slots written with no code of the
+    engine running. Takes the place of an earlier registration of that id, once pushes to it have ended."""
+    table = build_table(context.node, request)
+    consumer, is_new = context.consumers.put(consumer_id, table, request.manifest_digest, request.ttl_s)
+    if is_new:
+        response.status_code = 201
+    return _document(context, consumer)
+
+
+@router.post(
+    "/consumers/{consumer_id}/renew",
+    summary="Let it live for its ttl_s from now",
+    responses=problem_responses(401, 404),
+)
+def renew_consumer(context: CurrentContext, consumer_id: ConsumerId) -> ConsumerDocument:
+    return _document(context, context.consumers.renew(consumer_id))
+
+
+@router.get("/consumers", summary="The engines registered with this node", responses=problem_responses(401))
+def list_consumers(context: CurrentContext) -> Consumers:
+    return Consumers(consumers=[_document(context, consumer) for consumer in context.consumers.all()])
+
+
+@router.get("/consumers/{consumer_id}", summary="One of them", responses=problem_responses(401, 404))
+def get_consumer(context: CurrentContext, consumer_id: ConsumerId) -> ConsumerDocument:
+    return _document(context, context.consumers.get(consumer_id))
+
+
+@router.delete(
+    "/consumers/{consumer_id}",
+    status_code=204,
+    summary="End a registration",
+    responses=problem_responses(401, 404, 503),
+)
+def delete_consumer(context: CurrentContext, consumer_id: ConsumerId) -> None:
+    """Waits for pushes under way: when it has answered 204, nothing is written to the engine any more."""
+    context.consumers.remove(consumer_id)
+
+
+@router.post(
+    "/pushes",
+    summary="Between nodes: write blocks held here into a consumer's memory",
+    responses=problem_responses(401, 404, 409, 413, 422, 429, 503),
+)
+def push_blocks(context: CurrentContext, request: PushRequest) -> PushDocument:
+    """Each block is verified before it is sent. Answers when the bytes are in place, or why they are not."""
+    return context.pushes.serve(request)

@@ -1,0 +1,63 @@
+"""What this node is and has."""
+
+from __future__ import annotations
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from app.api.caching import etag, not_modified
+from app.api.context import Context
+from app.api.current import CurrentContext
+from app.api.problems import problem_responses
+from app.documents import ManifestDocument, NodeDocument
+from app.errors import Unavailable
+from app.version import VERSION
+
+router = APIRouter(prefix="/v1", tags=["node"])
+
+
+def node_document(context: Context) -> NodeDocument:
+    node, holding = context.node, context.node.holding
+    published = holding.published() if holding else ()
+    return NodeDocument(
+        node_id=node.settings.node_id,
+        model=node.name.model,
+        namespace=node.name.namespace,
+        state=node.state,
+        manifest_digest=holding.manifest.digest if holding else None,
+        session_id=node.engine.session_id if node.engine else "",
+        segment=node.name.object_name,
+        bytes=int(holding.manifest.nbytes[published].sum()) if holding else 0,
+        blocks=len(published),
+        version=VERSION,
+        revision=holding.revision if holding else "",
+        replicas=node.settings.replica_count,
+        placement_digest=holding.placement.digest if holding else None,
+        started_at=context.started_at,
+    )
+
+
+@router.get("/node", summary="This node", responses=problem_responses(401))
+def get_node(context: CurrentContext) -> NodeDocument:
+    return node_document(context)
+
+
+@router.get(
+    "/manifest",
+    summary="Every block of the model, its tensors, and where in the checkpoint they lie",
+    response_class=Response,
+    responses={
+        200: {"model": ManifestDocument},
+        304: {"description": "It is still the one of If-None-Match."},
+        **problem_responses(401, 503),
+    },
+)
+def get_manifest(context: CurrentContext, request: Request) -> Response:
+    manifest = context.node.manifest
+    if manifest is None:
+        raise Unavailable("this node has no manifest yet", retry_after_s=1)
+    tag = etag(manifest.digest)
+    unchanged = not_modified(request, tag)
+    if unchanged is not None:
+        return unchanged
+    return Response(orjson.dumps(manifest.to_json()), media_type="application/json", headers={"ETag": tag})

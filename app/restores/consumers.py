@@ -1,0 +1,138 @@
+"""The consumers of this node: engine processes that said where their expert slots lie in their own memory.
+
+    put ──▶ CURRENT ──▶ expired, removed, or replaced by another put: over
+
+A push holds its consumer, and only a current one can be held. Taking a registration back waits for the pushes under
+way, so that an engine may use its memory for something else once DELETE, or the next PUT, has answered.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from app.errors import Conflict, LimitReached, NotFound, Unavailable
+from transfer.push.table import PushTable
+
+CONSUMERS_MAX = 128  # a node has some 8 GPUs, and a rank of each at a time
+QUIET_WAIT_S = 30.0  # for pushes under way; a consumer that stopped answering holds one for 10
+RETRY_AFTER_S = 5
+
+
+@dataclass(slots=True, eq=False)
+class Consumer:
+    """One registration. `error` says why its memory last could not be written; None if it could, or was not tried."""
+
+    id: str
+    table: PushTable
+    manifest_digest: str
+    ttl_s: float
+    expires_s: float
+    registered_at: float = field(default_factory=time.time)
+    error: str | None = None
+    pushes: int = 0
+    is_over: bool = False
+
+
+class ConsumerStore:
+    """Every registration that has not expired. Thread-safe. `clock` counts seconds, from anywhere."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._consumers: dict[str, Consumer] = {}
+        self._changed = threading.Condition()
+
+    def put(self, consumer_id: str, table: PushTable, manifest_digest: str, ttl_s: float) -> tuple[Consumer, bool]:
+        """Register it, in place of an earlier registration of that id; whether there was none.
+
+        Raises LimitReached, or Unavailable while the earlier one is being written to.
+        """
+        consumer = Consumer(consumer_id, table, manifest_digest, ttl_s, self._clock() + ttl_s)
+        with self._changed:
+            self._forget_expired()
+            if is_new := consumer_id not in self._consumers:
+                self._check_room()
+            earlier = None
+            while self._consumers.get(consumer_id) is not earlier:  # waiting lets others in
+                earlier = self._consumers[consumer_id]
+                self._end(earlier)
+            self._consumers[consumer_id] = consumer
+        return consumer, is_new
+
+    def _check_room(self) -> None:
+        if len(self._consumers) >= CONSUMERS_MAX:
+            raise LimitReached(
+                f"{CONSUMERS_MAX} consumers are registered here: remove one, or wait until one expires",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def get(self, consumer_id: str) -> Consumer:
+        """A current registration. Raises NotFound."""
+        with self._changed:
+            self._forget_expired()
+            consumer = self._consumers.get(consumer_id)
+        if consumer is None or consumer.is_over or not self.seconds_left(consumer):
+            raise NotFound(
+                f"no consumer {consumer_id!r} is registered with this node, or it expired: its engine registers it "
+                f"with PUT /v1/consumers/{consumer_id}; ask the node that it did so with"
+            )
+        return consumer
+
+    def renew(self, consumer_id: str) -> Consumer:
+        """Let it live for its `ttl_s` from now. Raises NotFound."""
+        consumer = self.get(consumer_id)
+        consumer.expires_s = self._clock() + consumer.ttl_s
+        return consumer
+
+    def remove(self, consumer_id: str) -> None:
+        """End it. Raises NotFound, or Unavailable while it is being written to; it is then over all the same."""
+        with self._changed:
+            self._forget_expired()
+            consumer = self._consumers.get(consumer_id)
+            if consumer is None:
+                raise NotFound(f"no consumer {consumer_id!r} is registered with this node: there is nothing to remove")
+            self._end(consumer)
+            if self._consumers.get(consumer_id) is consumer:
+                del self._consumers[consumer_id]
+
+    def all(self) -> list[Consumer]:
+        """The current ones, by id."""
+        with self._changed:
+            self._forget_expired()
+            return [consumer for _, consumer in sorted(self._consumers.items()) if not consumer.is_over]
+
+    def seconds_left(self, consumer: Consumer) -> float:
+        return max(0.0, consumer.expires_s - self._clock())
+
+    @contextmanager
+    def hold(self, consumer: Consumer) -> Iterator[None]:
+        """Keep a registration from being taken back for as long as a push lasts. Raises Conflict if it is over."""
+        with self._changed:
+            if consumer.is_over or self.seconds_left(consumer) <= 0:
+                raise Conflict(f"the registration of consumer {consumer.id!r} has ended: nothing more is written to it")
+            consumer.pushes += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                consumer.pushes -= 1
+                self._changed.notify_all()
+
+    def _forget_expired(self) -> None:
+        for consumer in list(self._consumers.values()):
+            if self.seconds_left(consumer) <= 0 and not consumer.pushes:
+                consumer.is_over = True
+                del self._consumers[consumer.id]
+
+    def _end(self, consumer: Consumer) -> None:
+        """Let no push begin, and wait for those under way."""
+        consumer.is_over = True
+        if not self._changed.wait_for(lambda: consumer.pushes == 0, QUIET_WAIT_S):
+            raise Unavailable(
+                f"consumer {consumer.id!r} is still being written to: no new push begins; ask again before its memory "
+                "is used for something else",
+                retry_after_s=RETRY_AFTER_S,
+            )

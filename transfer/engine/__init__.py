@@ -1,0 +1,8 @@
+"""The only way to peers' memory: what is needed of a transfer engine (`protocol`), Mooncake's (`mooncake`), and a
+double of it for tests and simulations (`double`).
+"""
+
+from transfer.engine.mooncake import MooncakeEngine
+from transfer.engine.protocol import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy, TransferEngine, session_host
+
+__all__ = ["BATCH_NBYTES_MAX", "ITEMS_PER_BATCH_MAX", "Copy", "MooncakeEngine", "TransferEngine", "session_host"]
