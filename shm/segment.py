@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -85,6 +86,8 @@ class Segment:
         self._table = _NO_TABLE
         self._extents = Extents(mmap.PROT_READ | mmap.PROT_WRITE)
         self._served = Extents(mmap.PROT_READ)
+        self._heading = threading.Lock()
+        """Held while a header is written: in memory, so for a moment."""
         self.found = Damage()
         """What was damaged when this process adopted it."""
 
@@ -242,8 +245,9 @@ class Segment:
         return Twin("header", self._header.pack(), 0)
 
     def _write_header(self, **changes: Any) -> None:
-        self._header = replace(self._header, **changes)
-        self._header_pages().write(self._fd)
+        with self._heading:
+            self._header = replace(self._header, **changes)
+            self._header_pages().write(self._fd)
 
     # -- proving what leads to the blocks ---------------------------------------------------------------------
 
@@ -254,10 +258,11 @@ class Segment:
     def mend(self) -> Damage:
         """Write anew what is damaged of all that leads to the blocks, and say what was. The blocks are not looked at.
 
-        Other threads may publish meanwhile, and nothing else.
+        For any thread, until the segment is given up.
         """
         manifests = Twin("manifest", self.manifest.to_bytes(), MANIFEST_OFFSET)
-        parts = self._header_pages().mend(self._fd) + manifests.mend(self._fd)
+        with self._heading:
+            parts = [] if self._fd < 0 else self._header_pages().mend(self._fd) + manifests.mend(self._fd)
         return Damage(tuple(parts), tuple(self._table.mend().tolist()))
 
     # -- what is there ---------------------------------------------------------------------------------------
@@ -382,10 +387,11 @@ class Segment:
         self._disown()
 
     def _disown(self) -> None:
-        if self._fd >= 0:
-            posix.unlock(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+        with self._heading:
+            if self._fd >= 0:
+                posix.unlock(self._fd)
+                os.close(self._fd)
+                self._fd = -1
 
     def unlink(self) -> None:
         """Remove the name, then close."""

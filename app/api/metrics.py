@@ -59,6 +59,11 @@ class NodeCollector:
         proved.add_metric(["right"], scrubber.proved)
         proved.add_metric(["wrong"], scrubber.rotten)
         yield proved
+        yield CounterMetricFamily(
+            "hotspare_mended_entries",
+            "Headers, manifests and entries of the block table that were found damaged and written anew.",
+            value=scrubber.mended,
+        )
         unproved = holding.proofs.unproved(holding.published()) if holding else 0
         yield GaugeMetricFamily("hotspare_blocks_unproved", "Published blocks never proved yet.", value=unproved)
         oldest = holding.proofs.oldest(holding.published()) if holding else None

@@ -92,6 +92,8 @@ class Node:
         Raises SegmentBusy, EngineError, CheckpointError, SharedMemoryFull: none of them leaves a segment behind.
         """
         self._segment = Segment.claim(self.name)
+        if (found := self._segment.found).parts or found.rows:
+            _log.error("%s: %s was damaged in memory; what could be made again was", self.name, found)
         try:
             self.engine = self._start_engine()
             if self._segment.is_allocated:

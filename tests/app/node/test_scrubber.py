@@ -196,3 +196,30 @@ def test_what_cannot_be_mended_is_tried_again_when_a_source_appears(
     wait_until(lambda: live.ask("GET", "/readyz").status_code == 200, "it was tried again")
     with attach("moe", namespace=namespace) as weights:
         assert bytes(weights.block(17)) == expected_blocks(moe_checkpoint)[weights.manifest.keys[17]]
+
+
+def test_what_leads_to_the_blocks_is_written_anew_where_it_rotted(
+    scrubber: Scrubber,
+    holding: Holding,
+    namespace: str,
+    segment_path: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from app.node import scrubber as module
+
+    monkeypatch.setattr(module, "LOOK_INTERVAL_S", 0.0)
+    path, header = segment_path(namespace, "n0", "tiny"), holding.segment.header
+    before = path.read_bytes()[: header.data_offset]
+    for at in (33, header.manifest_offset + 333, header.table_offset + 17):
+        with path.open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 16]))
+        assert path.read_bytes()[: header.data_offset] != before
+        scrubber._turn()
+        assert path.read_bytes()[: header.data_offset] == before
+    assert scrubber.mended == 3
+    assert all(part in caplog.text for part in ("header", "manifest", "rows=(0,)"))
+    assert scrubber.rotten == 0
