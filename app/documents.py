@@ -59,10 +59,19 @@ class NodeDocument(Document):
     namespace: str
     state: NodeState
     manifest_digest: str | None
+    content_digest: str | None = Field(
+        description="Identity of the weights' bytes, xxh3-128 of a sample of every tensor: two nodes share blocks only "
+        "if theirs are equal. null while it is not known."
+    )
     session_id: str = Field(description="What peers call this node's transfer engine. Another after each restart.")
     segment: str = Field(description="Name of the shared-memory object in /dev/shm.")
     bytes: int = Field(description="Bytes of the published blocks.")
     blocks: int = Field(description="Published blocks.")
+    blocks_unproved: int = Field(description="Published blocks not proved against their checksums since it started.")
+    proved_oldest: datetime | None = Field(
+        description="When the oldest proof of a published block was: rot older than that was found. null while one was "
+        "never proved."
+    )
     version: str
     revision: str = Field(description="Changes whenever what the node publishes does.")
     replicas: int
@@ -130,6 +139,7 @@ class MappedDense(Document):
 class ShardMap(Document):
     model: str
     manifest_digest: str
+    content_digest: str
     revision: str
     experts: list[MappedExpert]
     dense: list[MappedDense] = Field(description="Dense tensors, by layer; only with `--include all`.")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from shm import posix
 from shm.errors import HotspareError, SegmentBusy, SegmentForeign, SegmentNotFound
-from shm.layout import PREFIX, SHM_DIRECTORY, Header, SegmentState
+from shm.header import Header
+from shm.layout import PREFIX, SHM_DIRECTORY
 from shm.lookup import object_names, read_header
 
 
@@ -94,9 +95,3 @@ def remove(object_name: str) -> int:
     finally:
         os.close(fd)
     return info.nbytes
-
-
-def is_reclaimable(info: SegmentInfo) -> bool:
-    """Whether nothing is lost by removing it: nobody owns it, and it was never sealed."""
-    sealed = info.header is not None and info.header.state is SegmentState.SEALED
-    return not info.owner_alive and not sealed

@@ -45,3 +45,8 @@ class RestoreError(HotspareError):
 
 class NothingToRestore(RestoreError):
     """No block of the model matches the request."""
+
+
+def told(error: Exception) -> str:
+    """Our own errors say what is wrong; of others the class is half the message."""
+    return str(error) if isinstance(error, HotspareError) else f"{type(error).__name__}: {error}"

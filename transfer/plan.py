@@ -1,13 +1,14 @@
-"""Which source serves which block into which addresses, in what batches. Pure: nothing here moves a byte.
+"""What is wanted, what is offered, and the batches that bring one to the other. Pure: nothing here moves a byte.
 
-Replicas share the load by bytes; ranges that touch on both sides become one; batches are bounded in items and bytes.
+Ranges that touch on both sides become one; batches are bounded in items and bytes. Which offer is taken, and what
+becomes of a block whose source fails, is decided in `transfer.ledger`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from transfer.engine import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy
@@ -24,7 +25,7 @@ class Piece(NamedTuple):
 class Offer(NamedTuple):
     """A source that has a block, at `address` there; for the disk, any number that puts its reads in order."""
 
-    source: str
+    source: Hashable
     address: int
 
 
@@ -37,11 +38,11 @@ class Want(NamedTuple):
     checksum: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What one call moves: whole blocks, and the copies that bring them, from one source."""
+    """What one call moves: whole blocks, and the copies that bring them, from one source. Equal to itself alone."""
 
-    source: str
+    source: Hashable
     wants: tuple[Want, ...]
     copies: tuple[Copy, ...]
     nbytes: int
@@ -53,31 +54,6 @@ class Limits:
 
     items: int = ITEMS_PER_BATCH_MAX
     nbytes: int = BATCH_NBYTES_MAX
-
-
-@dataclass(frozen=True, slots=True)
-class RestorePlan:
-    """Batches by source, in the order in which they should go, and the rows that nobody offers."""
-
-    batches: Mapping[str, tuple[Batch, ...]]
-    unserved: tuple[int, ...]
-
-
-def assign(wants: Iterable[Want], offers: Mapping[int, Sequence[Offer]]) -> dict[str, list[tuple[Want, Offer]]]:
-    """Give every block to the offering source with the fewest bytes so far; ties go to the one offered first.
-
-    Blocks with the fewest offers go first: those with a choice then even out what those without have left uneven.
-    """
-    load: dict[str, int] = defaultdict(int)
-    work: dict[str, list[tuple[Want, Offer]]] = defaultdict(list)
-    for want in sorted(wants, key=lambda want: len(offers.get(want.row, ()))):
-        offered = offers.get(want.row)
-        if not offered:
-            continue
-        offer = offered[0] if len(offered) == 1 else min(offered, key=lambda o: load[o.source])
-        load[offer.source] += want.nbytes
-        work[offer.source].append((want, offer))
-    return work
 
 
 def coalesce(copies: Iterable[Copy]) -> list[Copy]:
@@ -93,32 +69,44 @@ def coalesce(copies: Iterable[Copy]) -> list[Copy]:
     return joined
 
 
-def batches(source: str, work: Sequence[tuple[Want, Offer]], limits: Limits) -> tuple[Batch, ...]:
-    """Cut one source's work into bounded batches of whole blocks, in ascending order of address there."""
-    made: list[Batch] = []
-    wants: list[Want] = []
-    copies: list[Copy] = []
-    nbytes = 0
-    for want, offer in sorted(work, key=lambda pair: (pair[1].address, pair[0].row)):
-        if wants and (nbytes + want.nbytes > limits.nbytes or len(copies) + len(want.pieces) > limits.items):
-            made.append(Batch(source, tuple(wants), tuple(coalesce(copies)), nbytes))
-            wants, copies, nbytes = [], [], 0
-        wants.append(want)
-        copies.extend(Copy(p.destination, offer.address + p.offset, p.nbytes) for p in want.pieces)
-        nbytes += want.nbytes
-    if wants:
-        made.append(Batch(source, tuple(wants), tuple(coalesce(copies)), nbytes))
-    return tuple(made)
+class Queue:
+    """The blocks that wait for one source, in ascending order of address there. Those that come again go last."""
 
+    def __init__(self) -> None:
+        self._heap: list[tuple[bool, int, int, Want]] = []
+        self.nbytes = 0
 
-def plan(wants: Iterable[Want], offers: Mapping[int, Sequence[Offer]], limits: Mapping[str, Limits]) -> RestorePlan:
-    """Plan one round: `offers` by row, equally near; `limits` by source, the defaults where none are given."""
-    wants = list(wants)
-    work = assign(wants, offers)
-    default = Limits()
-    planned = {source: batches(source, work[source], limits.get(source, default)) for source in sorted(work)}
-    unserved = tuple(want.row for want in wants if not offers.get(want.row))
-    return RestorePlan(planned, unserved)
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def put(self, want: Want, address: int, *, is_again: bool = False) -> None:
+        """Let a block wait. One that comes again is cut alone: so what is wrong with it costs no other block."""
+        heappush(self._heap, (is_again, address, want.row, want))
+        self.nbytes += want.nbytes
+
+    def cut(self, source: Hashable, limits: Limits) -> Batch:
+        """Take the next batch of whole blocks. Somebody must wait."""
+        wants: list[Want] = []
+        copies: list[Copy] = []
+        nbytes = 0
+        while self._heap:
+            is_again, address, _, want = self._heap[0]
+            if wants and (
+                is_again or nbytes + want.nbytes > limits.nbytes or len(copies) + len(want.pieces) > limits.items
+            ):
+                break
+            heappop(self._heap)
+            wants.append(want)
+            copies.extend(Copy(p.destination, address + p.offset, p.nbytes) for p in want.pieces)
+            nbytes += want.nbytes
+        self.nbytes -= nbytes
+        return Batch(source, tuple(wants), tuple(coalesce(copies)), nbytes)
+
+    def clear(self) -> list[int]:
+        """Send all away; their rows."""
+        rows = [row for _, _, row, _ in self._heap]
+        self._heap, self.nbytes = [], 0
+        return rows
 
 
 def split(copies: Sequence[Copy], limits: Limits) -> list[list[Copy]]:

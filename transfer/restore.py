@@ -1,31 +1,31 @@
 """Carry out a restore: bring wanted blocks from the nearest source that has them, verify, publish, report.
 
-In rounds. Each block goes to the nearest tier that still offers it; a batch that fails, or a block whose checksum is
-wrong, loses that offer and goes to the next. A round takes at least one offer from each block it does not finish, so
-the number of rounds has a limit without being given one.
+What is to be done is decided in `transfer.ledger`. Here are the threads that do it: each tells the ledger what came of
+its work, under one short lock, and passes on what the ledger then orders. The thread that called `run` only waits.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Protocol, TypeVar
 
 from shm.block import ExpertKey
 from shm.errors import HotspareError
-from transfer.errors import TransferFailed
-from transfer.plan import Batch, Offer, Want, plan
+from transfer.errors import told
+from transfer.ledger import LANES_MAX, Arrived, Ledger
+from transfer.plan import Batch, Offer, Want
 from transfer.progress import FailedBlock, Progress, Report, RestoreState
 from transfer.sources import Source
+from transfer.standing import Party
 
-LANES_MAX = 32  # threads that move bytes, over all sources
 VERIFY_THREADS_MAX = 8
-UNVERIFIED_BATCHES_MAX = 2  # a lane waits for its checksums beyond that
-SOURCE_FAILURES_MAX = 2  # failed batches, after which a source is not asked again in this restore
-REASONS_MAX = 4  # remembered for each block
+
+T = TypeVar("T")
 
 _log = logging.getLogger("hotspare.restore")
 
@@ -58,36 +58,44 @@ class Restore:
         key_of: Callable[[int], ExpertKey],
         progress: Progress | None = None,
         settle: Callable[[], None] = lambda: None,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         """`tiers` are the sources, nearest first; `offers` says which of them have which row, and where.
 
-        `settle` is called once all is published that could be had, before the report says that it is over.
+        `settle` is called once all is published that could be had, before the report says that it is over. `fence`
+        sees to it that no transfer that was given up on can write any more: blocks that one might write to are looked
+        at once more after that, and only then published. Where it raises, they are not.
         """
-        self._pending = {want.row: want for want in wants}
-        self._offers = {row: list(offered) for row, offered in offers.items()}
-        self._sources = {source.name: source for tier in tiers for source in tier}
-        self._tier = {source.name: number for number, tier in enumerate(tiers) for source in tier}
+        wants = list(wants)
+        self._sources: dict[Hashable, Source] = {source.name: source for tier in tiers for source in tier}
+        parties: dict[Hashable, Party] = {
+            source.name: Party(source.name, number, source.lanes, source.limits)
+            for number, tier in enumerate(tiers)
+            for source in tier
+        }
+        self._totals = len(wants), sum(want.nbytes for want in wants)
+        self._ledger = Ledger(wants, offers, parties)
         self._destination = destination
         self._key_of = key_of
         self._settle = settle
+        self._fence = fence
         self.progress = progress or Progress()
-        self._cancelled = threading.Event()
-        self._lock = threading.Lock()
-        self._failures: dict[str, int] = defaultdict(int)
-        self._reasons: dict[int, list[str]] = defaultdict(list)
-        self._late: dict[int, tuple[Want, Source, bytes]] = {}
-        self._timed_out: set[int] = set()
+        self._changed = threading.Condition()
+        self._wait_s: float | None = None
+        self._broken: BaseException | None = None
 
     def cancel(self) -> None:
         """Stop after the batches under way. What was published stays, what was not is not."""
-        self._cancelled.set()
+        with self._changed:
+            self._ledger.cancel()
+            self._changed.notify_all()
 
     def report(self) -> Report:
         return self.progress.report()
 
     def run(self) -> Report:
         """Bring every block that can be had. Never raises for what a source does; the report says what is missing."""
-        self.progress.start(len(self._pending), sum(want.nbytes for want in self._pending.values()))
+        self.progress.start(*self._totals)
         try:
             self._run()
         except BaseException as error:
@@ -99,18 +107,25 @@ class Restore:
         return self.report()
 
     def _run(self) -> None:
+        movers = max(1, min(LANES_MAX, sum(source.lanes for source in self._sources.values())))
         verifiers = min(VERIFY_THREADS_MAX, max(2, len(self._sources)))
-        with ThreadPoolExecutor(verifiers, thread_name_prefix="hotspare-verify") as pool:
-            has_spoiled = True
-            while has_spoiled:
-                while self._pending and not self._cancelled.is_set() and self._round(pool):
-                    continue
-                has_spoiled = self._settle_late()
+        with (
+            ThreadPoolExecutor(verifiers, thread_name_prefix="hotspare-verify") as self._verifiers,
+            ThreadPoolExecutor(movers, thread_name_prefix="hotspare-move") as self._movers,
+        ):
+            try:
+                self._wait()
+            except BaseException:
+                self.cancel()  # the pools wait for what is under way, and nothing more may begin
+                raise
         self._settle()
-        if self._cancelled.is_set() and self._pending:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._ledger.is_cancelled and not self._ledger.is_complete:
             self.progress.finish(RestoreState.CANCELLED, "cancelled on request")
             return
-        failed = [FailedBlock(self._key_of(row), self._reason(row)) for row in sorted(self._pending)]
+        failed = [FailedBlock(self._key_of(row), reason) for row, reason in self._ledger.failures.items()]
         self.progress.fail(failed)
         if failed:
             self.progress.finish(
@@ -119,48 +134,57 @@ class Restore:
         else:
             self.progress.finish(RestoreState.SUCCEEDED)
 
-    def _reason(self, row: int) -> str:
-        return "; ".join(self._reasons[row]) or "no source that was allowed and could be reached has it"
+    # -- doing what the ledger orders ------------------------------------------------------------------------
 
-    # -- one round -------------------------------------------------------------------------------------------
+    def _wait(self) -> None:
+        """Until the ledger says that it is over."""
+        self._tell(lambda: None)
+        while True:
+            with self._changed:
+                if self._broken is not None:
+                    raise self._broken
+                is_quiet = not self._ledger.is_busy
+                if is_quiet and not self._ledger.outstanding:
+                    return
+                if not is_quiet:
+                    self._changed.wait(self._wait_s)
+            self._end_outstanding() if is_quiet else self._tell(lambda: None)
 
-    def _nearest(self, row: int) -> list[Offer]:
-        offered = [o for o in self._offers.get(row, ()) if self._failures[o.source] < SOURCE_FAILURES_MAX]
-        nearest = min((self._tier[o.source] for o in offered), default=None)
-        return [o for o in offered if self._tier[o.source] == nearest]
+    def _end_outstanding(self) -> None:
+        """Have every transfer that was given up on end: nothing of ours is under way any more."""
+        self._fence()
+        self._tell(self._all_ended)
 
-    def _round(self, pool: ThreadPoolExecutor) -> bool:
-        """Move what can be moved from each block's nearest sources; False if nobody offers anything."""
-        offers = {row: self._nearest(row) for row in self._pending}
-        limits = {name: source.limits for name, source in self._sources.items()}
-        planned = plan(list(self._pending.values()), offers, limits).batches
-        if not planned:
-            return False
-        queues = {name: deque(batches) for name, batches in planned.items()}
-        lanes = [name for name, queue in queues.items() for _ in range(min(self._sources[name].lanes, len(queue)))]
-        with ThreadPoolExecutor(min(LANES_MAX, len(lanes)), thread_name_prefix="hotspare-move") as movers:
-            running = [movers.submit(self._lane, self._sources[name], queues[name], pool) for name in lanes]
-            for lane in running:
-                lane.result()
-        return True
+    def _all_ended(self) -> None:
+        for batch in self._ledger.outstanding:
+            self._ledger.ended(batch)
 
-    def _lane(self, source: Source, queue: deque[Batch], pool: ThreadPoolExecutor) -> None:
-        backlog: deque[list[Future[None]]] = deque()  # of batches whose checksums are being taken
-        while not self._cancelled.is_set():
-            try:
-                batch = queue.popleft()
-            except IndexError:
-                break
-            backlog.append(self._move(source, batch, pool))
-            if len(backlog) > UNVERIFIED_BATCHES_MAX:
-                wait(backlog.popleft())
-        for futures in backlog:
-            wait(futures)
+    def _tell(self, what: Callable[[], None]) -> None:
+        """Tell the ledger what happened, and have done what it orders."""
+        with self._changed:
+            what()
+            orders = self._ledger.next(time.monotonic())
+            for batch in orders.move:
+                self._movers.submit(self._guard, self._move, batch)
+            for block in orders.verify:
+                self._verifiers.submit(self._guard, self._verify, block)
+            self._wait_s = orders.wait_s
+            if self._wait_s is not None or not self._ledger.is_busy:
+                self._changed.notify_all()
+        for block in orders.publish:
+            self._publish(block)
 
-    def _move(self, source: Source, batch: Batch, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        if self._failures[source.name] >= SOURCE_FAILURES_MAX:
-            self._drop(batch.wants, source, f"{source.name}: given up after {SOURCE_FAILURES_MAX} failures")
-            return []
+    def _guard(self, work: Callable[[T], None], subject: T) -> None:
+        """Have `run` raise what a thread of ours did not foresee: else it would wait for ever."""
+        try:
+            work(subject)
+        except BaseException as error:
+            with self._changed:
+                self._broken = error
+                self._changed.notify_all()
+
+    def _move(self, batch: Batch) -> None:
+        source = self._sources[batch.source]
         try:
             if source.writes:
                 for want in batch.wants:
@@ -169,72 +193,28 @@ class Restore:
         except Exception as error:  # whatever it is, this source did not serve, and others may
             if not isinstance(error, HotspareError):
                 _log.exception("%s failed in an unforeseen way", source.name)
-            with self._lock:
-                self._failures[source.name] += 1
-                if isinstance(error, TransferFailed) and error.timed_out:
-                    self._timed_out.update(want.row for want in batch.wants)
-            self._drop(batch.wants, source, f"{source.name}: {_told(error)}")
-            return []
-        taken = [(want, checksums.get(want.row)) for want in batch.wants]
-        for want, checksum in taken:
-            if checksum is not None:  # the work is done: only the comparison is left
-                self._verify(source, want, checksum)
-        return [pool.submit(self._verify, source, want, None) for want, checksum in taken if checksum is None]
-
-    def _verify(self, source: Source, want: Want, taken: bytes | None) -> None:
-        try:
-            checksum = taken if taken is not None else self._destination.checksum(want)
-            if want.checksum is None or checksum == want.checksum:
-                self._accept(source, want, checksum)
-                return
-            if not source.writes:
-                self._destination.begin(want)
-            reason = f"checksum {checksum.hex()} instead of {want.checksum.hex()}"
-        except Exception as error:  # whatever it is, this block is not good, and the others go on
-            reason = _told(error)
-        self._drop((want,), source, f"{source.name}: {reason}")
-
-    def _accept(self, source: Source, want: Want, checksum: bytes) -> None:
-        if want.row in self._timed_out:
-            with self._lock:
-                self._late[want.row] = (want, source, checksum)
+            # No name may keep the error beyond this block: its frames hold the engine, which must be gone when dropped.
+            self._tell(partial(self._ledger.failed, batch, error, time.monotonic()))
         else:
-            self._publish(source, want, checksum)
-        with self._lock:
-            self._pending.pop(want.row, None)
+            self._tell(partial(self._ledger.moved, batch, checksums))
 
-    def _publish(self, source: Source, want: Want, checksum: bytes) -> None:
-        self._destination.publish(want, checksum)
-        self.progress.done(source.kind, want.nbytes)
+    def _verify(self, block: Arrived) -> None:
+        try:
+            checksum = self._destination.checksum(block.want)
+            is_right = block.want.checksum in (None, checksum)
+            if not is_right and not self._sources[block.source].writes:
+                self._destination.begin(block.want)
+        except Exception as error:  # whatever it is, this block is not good, and the others go on
+            self._tell(partial(self._ledger.refused, block.want.row, told(error)))
+        else:
+            self._tell(partial(self._ledger.verified, block.want.row, checksum))
 
-    def _drop(self, wants: Iterable[Want], source: Source, reason: str) -> None:
-        with self._lock:
-            for want in wants:
-                self._offers[want.row] = [o for o in self._offers[want.row] if o.source != source.name]
-                if len(self._reasons[want.row]) < REASONS_MAX:
-                    self._reasons[want.row].append(reason)
-
-    def _settle_late(self) -> bool:
-        """Blocks that a peer was given up on may still get bytes from it: look once more before they are published.
-
-        Whether any was spoiled so: it is wanted again, from another source than the one whose bytes it was to keep.
-        """
-        late, self._late = self._late, {}
-        has_spoiled = False
-        for row, (want, source, checksum) in late.items():
-            try:
-                if self._destination.checksum(want) == checksum:
-                    self._publish(source, want, checksum)
-                    continue
-                reason = "spoiled by late bytes of a peer that had timed out"
-            except Exception as error:  # as in `_verify`
-                reason = _told(error)
-            self._pending[row] = want
-            self._drop((want,), source, f"{source.name}: {reason}")
-            has_spoiled = True
-        return has_spoiled
-
-
-def _told(error: Exception) -> str:
-    """Our own errors say what is wrong; of others the class is half the message."""
-    return str(error) if isinstance(error, HotspareError) else f"{type(error).__name__}: {error}"
+    def _publish(self, block: Arrived) -> None:
+        assert block.checksum is not None
+        try:
+            self._destination.publish(block.want, block.checksum)
+        except Exception as error:  # as in `_verify`
+            self._tell(partial(self._ledger.refused, block.want.row, told(error)))
+        else:
+            self.progress.done(self._sources[block.source].kind, block.want.nbytes)
+            self._tell(partial(self._ledger.published, block.want.row))

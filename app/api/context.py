@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from app.cluster.cluster import Cluster
 from app.cluster.membership import Membership
 from app.cluster.peers import PeerClient
-from app.node.caretaker import Filler
+from app.cluster.prober import Prober
+from app.node.caretaker import Caretaker
 from app.node.node import Node
+from app.node.scrubber import Scrubber
 from app.restores.consumers import ConsumerStore
 from app.restores.pushes import PushDesk
 from app.restores.store import RestoreStore
 from app.settings import Settings
+from transfer.engine import MooncakeEngine, TransferEngine
+from transfer.loop import Loop
 
 _log = logging.getLogger("hotspare.node")
 
@@ -25,20 +30,26 @@ class Context:
 
     node: Node
     cluster: Cluster
+    prober: Prober
     restores: RestoreStore
-    filler: Filler
+    caretaker: Caretaker
+    scrubber: Scrubber
     client: PeerClient
     consumers: ConsumerStore
     pushes: PushDesk
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
-    def open(cls, settings: Settings) -> Context:
-        """Open the node: claim, adopt or allocate. Blocks; raises what `Node.open` raises, and leaves nothing then."""
+    def open(cls, settings: Settings, start_engine: Callable[[], TransferEngine] | None = None) -> Context:
+        """Open the node: claim, adopt or allocate. Blocks; raises what `Node.open` raises, and leaves nothing then.
+
+        `start_engine` starts a transfer engine: Mooncake's by default.
+        """
         client = PeerClient(settings.token.get_secret_value() if settings.token else None)
-        membership = Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace)
-        cluster = Cluster(membership, client)
-        node = Node(settings, cluster)
+        cluster = Cluster(Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace))
+        prober = Prober(cluster, client)
+        start = start_engine or (lambda: MooncakeEngine(settings.engine_host, settings.transport))
+        node = Node(settings, cluster, prober, start)
         try:
             node.open()
         except BaseException:
@@ -46,18 +57,28 @@ class Context:
             raise
         consumers = ConsumerStore()
         store = RestoreStore(node, client, consumers)
-        return cls(node, cluster, store, Filler(node, store.start_local), client, consumers, PushDesk(node, store.mend))
+        caretaker = Caretaker(node, prober, store.start_local)
+        scrubber = Scrubber(node, store.mend)
+        return cls(node, cluster, prober, store, caretaker, scrubber, client, consumers, PushDesk(node, store.mend))
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        """Every thread that must live for as long as the daemon does."""
+        workers = (worker.loop for worker in self.restores.workers.values())
+        return (self.prober.loop, self.caretaker.loop, self.scrubber.loop, *workers)
 
     def start(self) -> None:
-        """Begin to poll, to restore and to fill, each in a thread."""
+        """Begin to ask the peers, to restore and to bring what is missing, each in a thread."""
         self.restores.start()
-        self.cluster.start()
-        self.filler.start()
+        self.prober.start()
+        self.caretaker.start()
+        self.scrubber.loop.start()
 
     def stop(self) -> None:
         """End every thread, then let the segment go: sealed, it stays for the next daemon. Blocks."""
+        self.scrubber.loop.stop()
+        self.caretaker.stop()
         self.restores.stop()
-        self.filler.stop()
-        self.cluster.stop()
+        self.prober.stop()
         self.node.close()
         self.client.close()

@@ -1,110 +1,111 @@
-"""The other nodes as they are now: polled in a thread of their own, with what each has published.
+"""The other nodes as they are now, and what each has published: this node's view, kept in memory.
 
-`app.cluster.membership` decides what to think of a peer; here is the I/O. A peer's map is fetched again when its
-session or revision changed, and kept until the peer is given up: what one missed poll says does not make its blocks
-gone.
+Nothing is asked here: `app.cluster.prober` asks, and tells this view what came back; `app.cluster.membership` decides
+what to think of a peer. So whoever reads the view, a route or a plan, waits for nobody. A peer's map is kept until the
+peer is given up: what one missed poll says does not make its blocks gone.
 
 Ages are taken from a clock that only goes forward: the host's date may be set at any time, and nobody died of it.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from app.cluster.membership import Membership, NodeReport, Peer, PeerState
-from app.cluster.peers import PeerBlocks, PeerClient
-from shm.errors import HotspareError, ManifestError
+from app.cluster.peers import PeerBlocks
+from shm.errors import ManifestError
 from shm.manifest import Manifest
 
-POLL_INTERVAL_S = 1.0
-POLL_THREADS_MAX = 16
 
-_log = logging.getLogger("hotspare.cluster")
+class Version(NamedTuple):
+    """One content of the model: digests of its manifest and of its bytes, in hex."""
+
+    manifest_digest: str
+    content_digest: str
+
+    def __str__(self) -> str:
+        return f"manifest {self.manifest_digest[:12]}… content {self.content_digest[:12]}…"
 
 
 class Cluster:
-    """This node's view of its peers. Thread-safe."""
+    """This node's view of its peers. Thread-safe; the lock is held for as long as a dictionary takes."""
 
-    def __init__(self, membership: Membership, client: PeerClient) -> None:
+    def __init__(self, membership: Membership, clock: Callable[[], float] | None = None) -> None:
+        """`clock` counts seconds from anywhere, and must never jump: `time.monotonic` by default."""
         self._membership = membership
-        self._client = client
+        self._clock = clock or (lambda: time.monotonic())
         self._manifest: Manifest | None = None
+        self._content_digest: str | None = None
         self._blocks: dict[str, PeerBlocks] = {}
         self._last_seen: dict[str, datetime] = {}
         self._lock = threading.RLock()
-        self._stopped = threading.Event()
-        self._poller: threading.Thread | None = None
 
-    # -- polling ---------------------------------------------------------------------------------------------
+    def now(self) -> float:
+        """The time that events here are counted in."""
+        return self._clock()
 
-    def start(self) -> None:
-        """Poll in the background until `stop`."""
-        if self._membership.peers() and self._poller is None:
-            self._poller = threading.Thread(target=self._poll_forever, name="hotspare-poll", daemon=True)
-            self._poller.start()
+    # -- events ----------------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        self._stopped.set()
-        if self._poller is not None:
-            self._poller.join()
+    def use_manifest(self, manifest: Manifest, placement_digest: str, content_digest: str | None) -> None:
+        """From now on, peers with this manifest and this content are sources, and those with others are not.
 
-    def _poll_forever(self) -> None:
-        self.refresh()
-        while not self._stopped.wait(POLL_INTERVAL_S):
-            self.refresh()
-
-    def use_manifest(self, manifest: Manifest, placement_digest: str) -> None:
-        """From now on, peers with this manifest are sources, and those with another are not."""
+        While the content is None, nobody is.
+        """
         with self._lock:
-            self._manifest = manifest
+            self._manifest, self._content_digest = manifest, content_digest
             self._blocks.clear()
-            self._membership.use_manifest(manifest.digest, placement_digest)
+            self._membership.use_manifest(manifest.digest, placement_digest, content_digest)
 
-    def refresh(self) -> None:
-        """Ask every peer once, all at the same time. Never raises for what a peer does."""
-        peers = self.peers()
-        if peers:
-            with ThreadPoolExecutor(min(POLL_THREADS_MAX, len(peers)), thread_name_prefix="hotspare-ask") as pool:
-                list(pool.map(self._ask, peers))
-
-    def _ask(self, peer: Peer) -> None:
-        try:
-            report = NodeReport.from_json(self._client.node(peer.url))
-        except HotspareError as error:
-            with self._lock:
-                self._membership.failed(peer.node_id, str(error), time.monotonic())
-            return
+    def failed(self, node_id: str, error: str, asked_at: float) -> None:
+        """What a peer was asked at `asked_at` brought nothing."""
         with self._lock:
-            seen = self._membership.answered(peer.node_id, report, time.monotonic())
-            self._last_seen[peer.node_id] = datetime.now(UTC)
-            manifest, known = self._manifest, self._blocks.get(peer.node_id)
-        if manifest is None or seen.conflict or not report.session_id or report.manifest_digest != manifest.digest:
-            with self._lock:
-                self._blocks.pop(peer.node_id, None)
-        elif known is None or (known.session_id, known.revision) != (report.session_id, report.revision):
-            self._fetch(peer, report, manifest)
+            self._membership.failed(node_id, error, asked_at=asked_at, now=self._clock())
 
-    def _fetch(self, peer: Peer, report: NodeReport, manifest: Manifest) -> None:
-        try:
-            blocks = self._client.blocks(peer.url, peer.node_id, manifest)
-        except HotspareError as error:
-            _log.warning("the shard map of %s could not be had: %s", peer.node_id, error)
-            return
+    def answered(self, node_id: str, report: NodeReport, asked_at: float) -> Manifest | None:
+        """A peer said this of itself when it was asked at `asked_at`.
+
+        Returns the manifest by which its map is to be fetched, if that has changed; its blocks are told with `holds`.
+        """
         with self._lock:
-            if self._manifest is manifest:
-                self._blocks[peer.node_id] = replace(blocks, session_id=report.session_id)
+            seen = self._membership.answered(node_id, report, asked_at=asked_at, now=self._clock())
+            if seen.report is not report:  # later news was here before it
+                return None
+            self._last_seen[node_id] = datetime.now(UTC)
+            manifest, known = self._manifest, self._blocks.get(node_id)
+            if manifest is None or seen.conflict or not report.session_id or not self._is_ours(report):
+                self._blocks.pop(node_id, None)
+                return None
+            if known is not None and (known.session_id, known.revision) == (report.session_id, report.revision):
+                return None
+            return manifest
+
+    def _is_ours(self, report: NodeReport) -> bool:
+        """Whether a peer has the very bytes that we have, or are to have."""
+        content = self._content_digest
+        return (
+            self._manifest is not None
+            and content is not None
+            and ((report.manifest_digest, report.content_digest) == (self._manifest.digest, content))
+        )
+
+    def holds(self, node_id: str, report: NodeReport, manifest: Manifest, blocks: PeerBlocks) -> None:
+        """A peer that said `report` has these blocks of `manifest`."""
+        with self._lock:
+            is_current = self._membership.peer(node_id).report is report
+            if self._manifest is manifest and is_current:
+                self._blocks[node_id] = replace(blocks, session_id=report.session_id)
 
     # -- what is known ---------------------------------------------------------------------------------------
 
     def peers(self) -> list[Peer]:
-        """Every peer that was named, by node id. Times are of `time.monotonic`."""
+        """Every peer that was named, by node id. Times are of `now`."""
         with self._lock:
-            return self._membership.peers(time.monotonic())
+            return self._membership.peers(self._clock())
 
     def last_seen(self, node_id: str) -> datetime | None:
         """When a peer last answered, as this host's date was then: for people, never to count with."""
@@ -128,31 +129,39 @@ class Cluster:
         held = sorted(self.holdings().items())
         return ";".join(f"{node}={blocks.session_id}@{blocks.revision}" for node, blocks in held)
 
-    def _manifest_holders(self) -> dict[str, list[Peer]]:
-        """Peers that can be used, by the digest of their manifest. More than one digest: they disagree."""
-        holders: dict[str, list[Peer]] = {}
+    def versions(self) -> dict[Version, list[Peer]]:
+        """Peers that can be used, by what they have: the most common first. More than one: they disagree."""
+        holders: dict[Version, list[Peer]] = {}
         for peer in self.peers():
-            digest = peer.report.manifest_digest if peer.report else None
-            if digest and peer.state is not PeerState.UNREACHABLE and peer.conflict is None:
-                holders.setdefault(digest, []).append(peer)
-        return holders
+            report = peer.report
+            if report is None or peer.state is PeerState.UNREACHABLE or peer.conflict is not None:
+                continue
+            if report.manifest_digest and report.content_digest:
+                holders.setdefault(Version(report.manifest_digest, report.content_digest), []).append(peer)
+        return dict(sorted(holders.items(), key=lambda item: (-len(item[1]), item[0])))
 
-    def has_manifest(self) -> bool:
-        """Whether a peer that answers has a manifest."""
-        return bool(self._manifest_holders())
+    def has_version(self) -> bool:
+        """Whether a peer that answers has content."""
+        return bool(self.versions())
 
-    def fetch_manifest(self) -> Manifest | None:
-        """The peers' manifest; None while none that answers has one. Raises ManifestError if they disagree."""
-        holders = self._manifest_holders()
-        if len(holders) > 1:
-            said = "; ".join(f"{', '.join(p.node_id for p in peers)}: {d[:12]}…" for d, peers in holders.items())
+    def choose(self) -> Version | None:
+        """What a node that has nothing is to have: what most peers have; None while that cannot be said yet.
+
+        More than half of all peers settle it at once. Else every peer is waited for until it has answered or is given
+        up, so that one that answers first, with something of its own, does not decide. Raises ManifestError for a tie.
+        """
+        versions, peers = self.versions(), self.peers()
+        if not versions:
+            return None
+        (first, holders), *others = versions.items()
+        if 2 * len(holders) > len(peers):
+            return first
+        if any(peer.state is PeerState.SUSPECT for peer in peers):
+            return None
+        if others and len(others[0][1]) == len(holders):
+            said = "; ".join(f"{', '.join(p.node_id for p in each)}: {v}" for v, each in versions.items())
             raise ManifestError(
-                f"peers disagree on the manifest ({said}): they serve different checkpoints under one model name; "
-                "stop those that are wrong, or give this node --checkpoint"
+                f"peers disagree on the weights, and none has more on its side ({said}): they serve different "
+                "checkpoints under one model name; stop those that are wrong, or give this node --checkpoint"
             )
-        for peer in next(iter(holders.values()), []):
-            try:
-                return self._client.manifest(peer.url)
-            except HotspareError as error:
-                _log.warning("the manifest of %s could not be had: %s", peer.node_id, error)
-        return None
+        return first

@@ -1,8 +1,13 @@
-"""Membership: what this node thinks of its peers. Pure: someone else polls, and says what came back and when.
+"""Membership: what this node thinks of its peers. Pure: someone else asks, and says when it asked and what came back.
 
 A peer is *alive* when its last poll was answered, *suspect* when one failed or nothing was heard of it lately, and
 *unreachable* after FAILURES_MAX failures in a row or UNREACHABLE_AFTER_S of them: only then are its blocks counted as
 gone. Silence without a failed poll never goes beyond suspect, for it may be ours: a stalled poller is no dead peer.
+
+Two rules keep the count honest however many ask. News is ordered by when it was *asked for*: what was asked for before
+the latest that is known arrives too late to say anything. And failures count by the second, not by the asker: one that
+was asked for within FAILURE_SPACING_S of the last that counted tells why, and counts nothing, so that a peer which
+restarts is not given up because three parties asked for it in the same moment.
 
 A peer that answers may still be none that we can use: another node behind its address, another model, another
 checkpoint. It stays listed, with the reason in `conflict`, and nothing is taken from it.
@@ -20,6 +25,7 @@ from shm.errors import InvalidInput
 from shm.manifest import check_name
 
 FAILURES_MAX = 3  # polls in a row; one lost answer is common, three are not
+FAILURE_SPACING_S = 0.9  # between two failures that count; a little less than the prober's interval
 UNREACHABLE_AFTER_S = 10.0  # of failed polls, where they are slow to fail (a stopped process only times out)
 SUSPECT_AFTER_S = 15.0  # without any answer; several polls' time, so that one slow round accuses nobody
 ERROR_CHARS_MAX = 300
@@ -42,6 +48,8 @@ class NodeReport:
     namespace: str
     state: str
     manifest_digest: str | None = None
+    content_digest: str | None = None
+    """Of the bytes: None while it has pinned none, and of a node that is too old to say."""
     session_id: str = ""
     """Empty while it has no transfer engine."""
     revision: str = ""
@@ -60,6 +68,7 @@ class NodeReport:
             namespace=_text(document, "namespace"),
             state=_text(document, "state"),
             manifest_digest=_text_or_none(document, "manifest_digest"),
+            content_digest=_text_or_none(document, "content_digest"),
             session_id=_text_or_none(document, "session_id") or "",
             revision=_text_or_none(document, "revision") or "",
             replicas=replicas,
@@ -94,6 +103,10 @@ class Peer:
     failures: int = 0
     """Polls that failed since the last answer."""
     failing_since: float | None = None
+    counted_at: float | None = None
+    """When the last failure that counts was asked for."""
+    asked_at: float | None = None
+    """When the latest news of it, good or bad, was asked for."""
     error: str | None = None
     """Of the last poll, if it failed."""
     report: NodeReport | None = None
@@ -114,30 +127,44 @@ class Membership:
         self._model = model
         self._namespace = namespace
         self._manifest_digest: str | None = None
+        self._content_digest: str | None = None
         self._placement_digest: str | None = None
         self._known = {check_name("node", node_id): Peer(node_id, peers[node_id]) for node_id in sorted(peers)}
         self._last_event = 0.0
 
-    def use_manifest(self, digest: str, placement_digest: str | None = None) -> None:
-        """This node's manifest from now on, and how it places it: peers are compared with both."""
+    def use_manifest(self, digest: str, placement_digest: str | None = None, content_digest: str | None = None) -> None:
+        """This node's manifest from now on, how it places it, and which content it has: peers are compared with them.
+
+        While the content is None it is not known yet, and no peer differs in it.
+        """
         self._manifest_digest, self._placement_digest = digest, placement_digest
+        self._content_digest = content_digest
 
     # -- events ----------------------------------------------------------------------------------------------
 
-    def answered(self, node_id: str, report: NodeReport, now: float) -> Peer:
-        """A poll of `node_id` brought `report`; raises InvalidInput if there is no such peer."""
+    def answered(self, node_id: str, report: NodeReport, *, asked_at: float, now: float) -> Peer:
+        """What was asked of `node_id` at `asked_at` brought `report`; raises InvalidInput if there is no such peer."""
         before = self._get(node_id)
-        after = replace(before, report=report, heard_at=now, failures=0, failing_since=None, error=None)
+        if _is_stale(before, asked_at):
+            return self.peer(node_id, now)
+        after = replace(
+            before, report=report, heard_at=now, asked_at=asked_at,
+            failures=0, failing_since=None, counted_at=None, error=None,
+        )  # fmt: skip
         if report.node_id == node_id and report.session_id not in ("", before.session_id):
             after = replace(after, session_id=report.session_id, sessions=before.sessions + 1)
         return self._note(after, now)
 
-    def failed(self, node_id: str, error: str, now: float) -> Peer:
-        """A poll of `node_id` failed; raises InvalidInput if there is no such peer."""
+    def failed(self, node_id: str, error: str, *, asked_at: float, now: float) -> Peer:
+        """What was asked of `node_id` at `asked_at` failed; raises InvalidInput if there is no such peer."""
         before = self._get(node_id)
-        since = now if before.failing_since is None else before.failing_since
-        failures = before.failures + 1
-        return self._note(replace(before, failures=failures, failing_since=since, error=error[:ERROR_CHARS_MAX]), now)
+        if _is_stale(before, asked_at):
+            return self.peer(node_id, now)
+        after = replace(before, asked_at=asked_at, error=error[:ERROR_CHARS_MAX])
+        if before.counted_at is None or asked_at - before.counted_at >= FAILURE_SPACING_S:
+            since = now if before.failing_since is None else before.failing_since
+            after = replace(after, failures=before.failures + 1, failing_since=since, counted_at=asked_at)
+        return self._note(after, now)
 
     def _note(self, peer: Peer, now: float) -> Peer:
         self._known[peer.node_id] = peer
@@ -180,6 +207,11 @@ class Membership:
                 f"manifest digest {_shown(report.manifest_digest)} differs from ours, {_shown(self._manifest_digest)}: "
                 "one of the two nodes was filled from another checkpoint"
             )
+        if _differ(report.content_digest, self._content_digest):
+            return (
+                f"content {_shown(report.content_digest)} differs from ours, {_shown(self._content_digest)}: it keeps "
+                "other weights under the same names, a fine-tune or an earlier release; nothing is shared with it"
+            )
         return None
 
     def _warning(self, peer: Peer) -> str | None:
@@ -189,6 +221,11 @@ class Membership:
             f"places blocks otherwise than this node, with {peer.report.replicas} replicas: "
             "give all nodes the same `--replicas`, the same nodes, and one version"
         )
+
+
+def _is_stale(peer: Peer, asked_at: float) -> bool:
+    """Whether something newer is known than what was asked for then."""
+    return peer.asked_at is not None and asked_at < peer.asked_at
 
 
 def _state(peer: Peer, now: float) -> PeerState:

@@ -1,4 +1,8 @@
-"""Filling a node when it starts: from peers, else from disk, as `--fill` says. Made of ordinary restores."""
+"""Sees to it that a node has what belongs to it, for as long as it runs: made of ordinary restores.
+
+`app.node.upkeep` decides; here is what it is told, and what is done about its answer. Nothing is changed here: restores
+run in the restore worker's thread, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,19 @@ import time
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+import numpy as np
+
+from app.cluster.prober import Prober
+from app.node.holding import Holding
 from app.node.node import Node
+from app.node.upkeep import Seen, Upkeep
 from shm.block import ExpertKey
-from shm.errors import HotspareError
-from shm.layout import SegmentState
-from transfer.checkpoint.origin import first_difference
-from transfer.errors import CheckpointError
-from transfer.progress import Progress, Report
+from shm.layout import BlockState
+from transfer.loop import Loop
+from transfer.progress import Progress
 from transfer.sources import SourceKind
 
-LOOK_INTERVAL_S = 0.5  # between looks at whether peers have something new
-RETRY_INTERVAL_S = 30.0  # after which what failed is tried again, although nothing new was seen
-
-KINDS = {
-    "auto": frozenset({SourceKind.PEER, SourceKind.DISK}),
-    "disk": frozenset({SourceKind.DISK}),
-    "peer": frozenset({SourceKind.PEER}),
-}
+LOOK_INTERVAL_S = 0.5  # between looks at what is missing, and at whether peers have something new
 
 _log = logging.getLogger("hotspare.fill")
 
@@ -42,90 +42,57 @@ Bring = Callable[[tuple[ExpertKey, ...] | None, Collection[SourceKind]], Bringin
 """Starts a restore of these experts, or of all that belongs here, from these kinds of sources."""
 
 
-class Filler:
-    """Brings what belongs to the node. Ends when the node is complete.
+class Caretaker:
+    """Brings what is missing here, again and again; never done."""
 
-    Tries again whenever its peers have more, and every RETRY_INTERVAL_S: what failed may have been a passing thing.
-    """
-
-    def __init__(self, node: Node, bring: Bring) -> None:
+    def __init__(self, node: Node, prober: Prober, bring: Bring) -> None:
+        self.loop = Loop("hotspare-caretaker", self._turn)
         self._node = node
+        self._prober = prober
         self._bring = bring
-        self._kinds = KINDS.get(node.settings.fill, frozenset())
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="hotspare-fill", daemon=True)
+        self._upkeep = Upkeep(node.settings.fill)
+        self._under_way: Bringing | None = None
 
     def start(self) -> None:
-        if self._node.settings.fill != "none":
-            self._thread.start()
+        self.loop.start()
 
     def stop(self) -> None:
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        """Start nothing more. What was started is the restore store's, which cancels it."""
+        self.loop.stop()
 
-    def _run(self) -> None:
-        tried, tried_at = "", -RETRY_INTERVAL_S
-        while not self._stopped.is_set():
-            try:
-                if self._is_complete():
-                    if not self._replace_foreign():
-                        return
-                    tried_at = -RETRY_INTERVAL_S
-                if SourceKind.PEER in self._kinds:
-                    self._node.cluster.refresh()
-                known = self._node.cluster.revision()
-                is_due = known != tried or time.monotonic() - tried_at >= RETRY_INTERVAL_S
-                if is_due and self._can_begin():
-                    tried, tried_at = known, time.monotonic()
-                    self._fill()
-                    continue
-            except HotspareError as error:
-                _log.error("filling the node failed: %s", error)
-            self._stopped.wait(LOOK_INTERVAL_S)
+    def _turn(self) -> float:
+        if self._under_way is None or self._ended(self._under_way):
+            self._under_way = self._next()
+        return LOOK_INTERVAL_S if self._under_way is None else 0.0
 
-    def _is_complete(self) -> bool:
-        return self._node.manifest is not None and not len(self._node.missing())
-
-    def _can_begin(self) -> bool:
-        """Whether a restore has anything to go by: a manifest, ours or a peer's."""
-        return self._node.manifest is not None or self._node.cluster.has_manifest()
-
-    def _missing(self) -> tuple[ExpertKey, ...] | None:
-        """What a restore has to bring; None, all that belongs here, while there is no manifest to say.
-
-        What came with an earlier attempt was verified then, and is not read again.
-        """
-        manifest = self._node.manifest
-        return None if manifest is None else tuple(manifest.keys[row] for row in self._node.missing())
-
-    def _fill(self) -> None:
-        report = self._finish(self._bring(self._missing(), self._kinds))
+    def _ended(self, restore: Bringing) -> bool:
+        if not restore.finished.wait(LOOK_INTERVAL_S):
+            return False
+        report = restore.progress.report()
         if report.error:
             _log.error("the node is not complete: %s", report.error)
-
-    def _finish(self, restore: Bringing) -> Report:
-        while not restore.finished.wait(LOOK_INTERVAL_S) and not self._stopped.is_set():
-            continue
-        return restore.progress.report()
-
-    def _replace_foreign(self) -> bool:
-        """Fill from disk what was left unsealed, being other weights than --checkpoint has; whether there was such.
-
-        Peers hold them when a model was exchanged under its name: the checkpoint wins.
-        """
-        node = self._node
-        if node.checkpoint is None or node.settings.fill != "auto" or node.segment.state is SegmentState.SEALED:
-            return False
-        try:
-            key = first_difference(node.checkpoint, node.segment)
-        except CheckpointError as error:
-            _log.warning("what came from peers was not compared with the checkpoint: %s", error)
-            return False
-        if key is None:
-            return False
-        _log.error("peers hold other weights than %s (first %s): filling from disk", node.checkpoint.directory, key)
-        node.renew()
-        node.use_manifest(node.checkpoint.manifest)
-        self._kinds = KINDS["disk"]  # until it is complete: never the weights of both
         return True
+
+    def _next(self) -> Bringing | None:
+        if self._node.is_restoring:  # somebody else asked for it; what is hidden now may be on its way
+            return None
+        holding = self._node.holding
+        if holding is None or len(holding.missing()):
+            self._prober.look()  # what peers have now may be what is missing
+        task = self._upkeep.next(self._seen(holding), time.monotonic())
+        return None if task is None else self._bring(task.experts, task.kinds)
+
+    def _seen(self, holding: Holding | None) -> Seen:
+        cluster = self._node.cluster
+        if holding is None:
+            return Seen(False, cluster.has_version(), (), (), cluster.revision())
+        keys, missing = holding.manifest.keys, holding.missing()
+        hidden = holding.segment.rows(BlockState.QUARANTINED)
+        once = [row for row in np.intersect1d(missing, hidden).tolist() if holding.is_recorded(row)]
+        return Seen(
+            has_manifest=True,
+            can_begin=True,
+            missing=tuple(keys[row] for row in missing.tolist()),
+            damaged=tuple(keys[row] for row in once),
+            sources=cluster.revision(),
+        )

@@ -1,30 +1,33 @@
-"""A node's segment as where a restore puts blocks: none is found in it while it is being written."""
+"""A node's segment as where a restore puts blocks: none is found in it while it is being written.
+
+It has the segment of one holding, and with it that segment's memory for as long as the restore lasts: sources write to
+addresses, and those must lead nowhere else when the node starts over with another segment meanwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from app.node.holding import Holding
 from shm.checksum import checksum
-from shm.segment import Segment
+from transfer.errors import RestoreError
 from transfer.plan import Want
 
 
 class SegmentDestination:
-    """A segment of ours as where a restore puts blocks."""
+    """A segment of ours as where a restore puts blocks: each must be of its content, wherever it came from."""
 
-    def __init__(self, segment: Segment, changed: Callable[[], None]) -> None:
-        """`changed` is called, from any thread, when a block has come or gone."""
-        self._segment = segment
-        self._changed = changed
-        self._memory = segment.mappings()  # sources write to addresses: those must outlive a renewal
+    def __init__(self, holding: Holding) -> None:
+        self._segment = holding.segment
+        self._content = holding.disk.content if holding.disk else None
+        self._proofs = holding.proofs
 
     def begin(self, want: Want) -> None:
         self._segment.quarantine(want.row)
-        self._changed()
 
     def checksum(self, want: Want) -> bytes:
         return checksum(self._segment.block(want.row))
 
     def publish(self, want: Want, checksum: bytes) -> None:
+        if self._content is not None and not self._content.has(want.row, self._segment.block(want.row)):
+            raise RestoreError("its bytes are not of the content that this node keeps: were its files exchanged?")
         self._segment.publish(want.row, checksum)
-        self._changed()
+        self._proofs.note(want.row)

@@ -17,7 +17,8 @@ from typing import Any
 from app.cluster.peers import PeerClient, parsed
 from app.documents import PushDocument, PushedExpert, PushRequest, PushTableDocument
 from app.errors import Conflict, LimitReached, PeerFailed, Unavailable
-from app.node.node import UNKNOWN_CHECKSUM, Node
+from app.node.holding import UNKNOWN_CHECKSUM
+from app.node.node import Node
 from app.restores.consumers import Consumer
 from shm.block import ExpertKey
 from shm.errors import InvalidInput
@@ -234,7 +235,7 @@ class ConsumerPush:
         rows = self.rows_of(experts)
         manifest, engine = _manifest(self.node), _engine(self.node)
         if SourceKind.PEER in kinds:
-            self.node.cluster.refresh()
+            self.node.look()
         writer = Writer(engine, self.consumer.table, read_back=self.read_back)
         job = self._job = PushJob(writer, hold=self.hold, report_corrupt=self.mend)
         offers: dict[int, list[Offer]] = {row: [] for row in rows}
@@ -281,10 +282,10 @@ class ConsumerPush:
         ]
 
     def _offer_disk(self, offers: dict[int, list[Offer]], job: PushJob) -> list[Source]:
-        checkpoint = self.node.checkpoint
-        if checkpoint is None or checkpoint.manifest.digest != self.consumer.manifest_digest:
+        holding = self.node.holding
+        if holding is None or holding.disk is None or holding.manifest.digest != self.consumer.manifest_digest:
             return []
-        source = DiskPush(DISK, DiskSource(checkpoint), _engine(self.node), job)
+        source = DiskPush(DISK, DiskSource(holding.disk.checkpoint), _engine(self.node), job)
         for row, offered in offers.items():
             offered.append(Offer(DISK, source.position(row)))
         return [source]

@@ -1,4 +1,4 @@
-"""The restores of this node, and those it has asked other nodes to do: one store, one worker, bounded queues.
+"""The restores of this node, and those it has asked other nodes to do: one store, two workers, bounded queues.
 
 A restore of another node is that node's: it is sent there, and asked for there whenever somebody asks here. Restores
 into this node's segment run one after the other, in a thread of their own, and so do those into consumers.
@@ -7,116 +7,34 @@ into this node's segment run one after the other, in a thread of their own, and 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 
 from app.cluster.membership import Peer, PeerState
 from app.cluster.peers import PeerClient
-from app.documents import FailedExpert, RestoreDocument, RestoreRequest, RestoreTarget
-from app.errors import Conflict, LimitReached, NotFound, Unavailable
+from app.documents import RestoreDocument, RestoreRequest
+from app.errors import Conflict, NotFound, Unavailable
 from app.node.node import Node
 from app.restores.consumers import Consumer, ConsumerStore
+from app.restores.local import LocalRestore
 from app.restores.pushes import ConsumerPush
 from app.restores.remote import RETRY_AFTER_S, RemoteRestore
+from app.restores.worker import Worker
 from shm.block import ExpertKey
 from shm.errors import HotspareError
-from transfer.progress import Progress, RestoreState
-from transfer.restore import Restore
 from transfer.sources import SourceKind
 
-QUEUED_MAX = 64
 KEPT_MAX = 1000  # restores remembered; the oldest finished ones go first
 KEY_WAIT_S = 10.0  # for a request with the same key; another node is given two seconds to answer
-FAILED_LISTED_MAX = 1000
 FAILED_IN_LIST_MAX = 10  # of each, in a list of restores
 ALL_KINDS = frozenset({SourceKind.PEER, SourceKind.DISK})
 
 _log = logging.getLogger("hotspare.restores")
-
-
-@dataclass(slots=True)
-class LocalRestore:
-    """A restore that this node does: into its own segment, or with `push`, into a consumer's memory."""
-
-    id: str
-    node_id: str
-    experts: tuple[ExpertKey, ...] | None
-    kinds: Collection[SourceKind]
-    push: ConsumerPush | None = None
-    progress: Progress = field(default_factory=Progress)
-    finished: threading.Event = field(default_factory=threading.Event)
-    _running: Restore | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self, node: Node) -> None:
-        """Plan and run. What goes wrong is told in the record, never raised."""
-        try:
-            if not self.is_over:
-                self._run(self.push or node)
-        except HotspareError as error:
-            self.progress.finish(RestoreState.FAILED, str(error))
-        except Exception as error:
-            _log.exception("restore %s ended in an unforeseen way", self.id)
-            self.progress.finish(RestoreState.FAILED, f"{type(error).__name__}: {error}")
-        finally:
-            with self._lock:
-                self._running = None  # it maps the memory it wrote to, and a restore is remembered for long
-            self.finished.set()
-
-    def _run(self, target: Node | ConsumerPush) -> None:
-        restore = target.plan_restore(self.experts, self.kinds, self.progress)
-        with self._lock:
-            self._running = restore
-            if self.is_over:  # cancelled while it was planned
-                restore.cancel()
-        target.run(restore)
-
-    def cancel(self) -> None:
-        with self._lock:
-            if self._running is not None:
-                self._running.cancel()
-            else:
-                self.progress.finish(RestoreState.CANCELLED, "cancelled before it began")
-
-    @property
-    def is_over(self) -> bool:
-        return self.progress.state.is_final
-
-    def document(self) -> RestoreDocument:
-        report = self.progress.report()
-        target = RestoreTarget(consumer_id=self.push.consumer.id) if self.push else RestoreTarget(node_id=self.node_id)
-        return RestoreDocument(
-            id=self.id,
-            target=target,
-            state=report.state,
-            blocks_total=report.blocks_total,
-            blocks_done=report.blocks_done,
-            bytes_total=report.bytes_total,
-            bytes_done=report.bytes_done,
-            bytes_by_source={SourceKind(kind): nbytes for kind, nbytes in report.bytes_by_source.items()},
-            failed=[
-                FailedExpert(layer=f.key.layer, expert=f.key.expert, reason=f.reason)
-                for f in report.failed[:FAILED_LISTED_MAX]
-            ],
-            failed_total=len(report.failed),
-            error=report.error,
-            created_at=_time(report.created_at),
-            started_at=None if report.started_at is None else _time(report.started_at),
-            finished_at=None if report.finished_at is None else _time(report.finished_at),
-        )
-
-
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
-
 
 AnyRestore = LocalRestore | RemoteRestore
 
@@ -131,36 +49,25 @@ class RestoreStore:
         self._kept: OrderedDict[str, AnyRestore] = OrderedDict()
         self._by_key: dict[str, tuple[RestoreRequest, str]] = {}
         self._forgotten_bytes: Counter[str] = Counter()
-        self._queue: queue.Queue[LocalRestore | None] = queue.Queue(QUEUED_MAX)
-        self._pushes: queue.Queue[LocalRestore | None] = queue.Queue(QUEUED_MAX)  # an engine waits for no filling node
+        self.workers = {"node": Worker("hotspare-restore", node), "consumer": Worker("hotspare-push", node)}
         self._lock = threading.Lock()
         self._keys_taken: set[str] = set()
         self._keys_changed = threading.Condition()
-        self._workers = {
-            name: threading.Thread(target=self._work, args=(waiting,), name=f"hotspare-{name}", daemon=True)
-            for name, waiting in (("restore", self._queue), ("push", self._pushes))
-        }
         self._stopped = False
 
     def start(self) -> None:
-        for worker in self._workers.values():
-            worker.start()
+        for worker in self.workers.values():
+            worker.loop.start()
 
     def stop(self) -> None:
         """Cancel what runs and what waits, and end the workers."""
-        with self._lock:  # from here on nothing is put behind the workers' last item
+        with self._lock:  # from here on nothing is put before them
             self._stopped = True
         for restore in self.all():
             if isinstance(restore, LocalRestore):
                 restore.cancel()
-        for worker, waiting in zip(self._workers.values(), (self._queue, self._pushes), strict=True):
-            if worker.is_alive():
-                waiting.put(None)
-                worker.join()
-
-    def _work(self, waiting: queue.Queue[LocalRestore | None]) -> None:
-        while (restore := waiting.get()) is not None:
-            restore.run(self._node)
+        for worker in self.workers.values():
+            worker.stop()
 
     # -- asking for one --------------------------------------------------------------------------------------
 
@@ -231,9 +138,11 @@ class RestoreStore:
 
     def start_local(self, experts: tuple[ExpertKey, ...] | None, kinds: Collection[SourceKind]) -> LocalRestore:
         """Queue a restore into this node's segment. Raises what is wrong with it, or LimitReached."""
-        if experts is not None and self._node.manifest is not None:  # else it will ask its peers for one first
-            self._node.rows_of(experts)
-        return self._enqueue(self._queue, experts, kinds)
+        holding = self._node.holding
+        if experts is not None and holding is not None:  # else it will ask its peers for a manifest first
+            holding.rows_of(experts)
+        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds)
+        return self._enqueue(self.workers["node"], restore)
 
     def _start_push(
         self,
@@ -247,7 +156,8 @@ class RestoreStore:
         hold = partial(self._consumers.hold, consumer)
         push = ConsumerPush(self._node, self._client, consumer, hold, self.mend, read_back)
         push.rows_of(experts)
-        return self._enqueue(self._pushes, experts, kinds, push)
+        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds, push)
+        return self._enqueue(self.workers["consumer"], restore)
 
     def mend(self, experts: Sequence[ExpertKey]) -> None:
         """Blocks of ours were found to be wrong: bring them back, when there is time for it."""
@@ -257,23 +167,11 @@ class RestoreStore:
         except HotspareError as error:
             _log.error("they cannot be restored now: %s", error)
 
-    def _enqueue(
-        self,
-        waiting: queue.Queue[LocalRestore | None],
-        experts: tuple[ExpertKey, ...] | None,
-        kinds: Collection[SourceKind],
-        push: ConsumerPush | None = None,
-    ) -> LocalRestore:
-        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds, push)
+    def _enqueue(self, worker: Worker, restore: LocalRestore) -> LocalRestore:
         with self._lock:
             if self._stopped:
                 raise Unavailable("the node is stopping")
-            try:
-                waiting.put_nowait(restore)
-            except queue.Full:
-                raise LimitReached(
-                    f"{QUEUED_MAX} restores are waiting already: try again later", retry_after_s=RETRY_AFTER_S
-                ) from None
+            worker.put(restore)
             self._keep(restore)
         return restore
 

@@ -5,7 +5,7 @@
 The peer is a real `hotspare serve` that has filled itself. Ours: `Segment.allocate`, registration, then a `Restore`
 from a `PeerSource` with the checksums that the peer's shard map tells, sealing included. The baseline: a new object of
 the same size, reserved, mapped and registered in the same way, and one loop of Mooncake's `batch_transfer_sync_read`
-over the same bytes, in the batches that the planner makes, with the same engine in the same process, and no checksum.
+over the same bytes, in the same batches, with the same engine in the same process, and no checksum.
 Both pay for the first touch of every page.
 
 The disk: the same blocks from the checkpoint's files, with the page cache warm, and with the files' pages dropped
@@ -30,7 +30,7 @@ from shm import posix
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.engine import MooncakeEngine, within_pieces
-from transfer.plan import Limits, Offer, Piece, Want, plan
+from transfer.plan import Limits, Offer, Piece, Queue, Want
 from transfer.restore import Restore
 from transfer.sources import DiskSource, PeerSource, Source
 
@@ -100,7 +100,12 @@ class Scene:
         skipped = nbytes - segment.data_ranges()[0][1]
         segment.unlink()
         del segment
-        batches = plan(wants, self._offers(), {PEER: Limits()}).batches[PEER]
+        queue = Queue()
+        for want in wants:
+            queue.put(want, self._peer.blocks[want.row][0])
+        batches = []
+        while queue:
+            batches.append(queue.cut(PEER, Limits()))
         name = self._made.name("bare").object_name
         started = time.perf_counter()
         fd = posix.create_exclusive(name)

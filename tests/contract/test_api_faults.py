@@ -92,7 +92,7 @@ def test_nodes_that_disagree_are_listed_and_take_nothing_from_each_other(
     wait_until(lambda: set(states(c).values()) == {"alive"}, "c sees both")
     document = c.wait_restore(c.restore("c"))
     assert document["state"] == "failed"
-    assert "peers disagree on the manifest" in document["error"]
+    assert "peers disagree on the weights" in document["error"]
     assert "--checkpoint" in document["error"]
 
     b.kill()  # then there is one truth left

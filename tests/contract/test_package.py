@@ -80,7 +80,7 @@ def test_the_wheel_has_its_licence_command_and_extras(wheel: zipfile.ZipFile) ->
 
 
 def test_mooncake_is_imported_in_one_file_only() -> None:
-    assert importers("mooncake") == ["transfer/engine.py"]
+    assert importers("mooncake") == ["transfer/engine/mooncake.py"]
 
 
 @pytest.mark.parametrize("module", sorted(SERIALIZERS))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from shm import posix
 from shm.attachment import attach
 from shm.errors import SegmentBusy, SegmentError, SegmentForeign, SegmentNotFound
-from shm.inventory import SegmentInfo, inspect, is_reclaimable, list_segments, remove
+from shm.inventory import SegmentInfo, inspect, list_segments, remove
 from shm.layout import SHM_DIRECTORY, SegmentName, SegmentState
 from shm.manifest import Manifest
 from shm.segment import Segment
@@ -56,7 +57,6 @@ def test_a_segment_is_listed_with_its_facts(
     assert info.header.owner_pid == os.getpid()
     assert info.header.manifest_digest.hex() == segment.manifest.digest
     assert began < info.header.created_ns <= info.header.sealed_ns <= time.time_ns()
-    assert not is_reclaimable(info)
 
 
 def test_the_owner_is_alive_until_it_is_killed(
@@ -105,7 +105,6 @@ def test_states_are_told_apart(namespace: str, make_manifest: Callable[..., Mani
     segment.allocate(make_manifest(), [0])
     assert list_segments_of(namespace)[0].state == "filling"
     segment.close()
-    assert is_reclaimable(list_segments_of(namespace)[0])
     segment.unlink()
 
 
@@ -189,6 +188,30 @@ def test_a_segment_that_is_claimed_while_it_is_being_removed_is_not_removed(
     assert late[0].state is SegmentState.SEALED
     assert os.path.exists(os.path.join(SHM_DIRECTORY, object_name))
     late[0].close()
+
+
+def test_an_object_that_took_the_name_while_another_was_being_removed_is_not_removed(
+    sealed: Callable[..., Segment], namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its daemon renews the segment between the opening and the lock: the name is of a segment in use by then."""
+    old = sealed()
+    old.close()
+    path = Path(SHM_DIRECTORY, old.name.object_name)
+    late: list[Segment] = []
+
+    def renew_then_lock(fd: int) -> bool:
+        monkeypatch.undo()
+        posix.unlink(old.name.object_name)
+        late.append(sealed(seed=1))
+        late[0].close()  # and even with nobody left who owns it
+        return posix.try_lock(fd)
+
+    monkeypatch.setattr("shm.inventory.posix.try_lock", renew_then_lock)
+    remove(old.name.object_name)
+    assert late
+    assert path.exists(), "it was looked at by nobody"
+    with attach("tiny", namespace=namespace) as weights:
+        assert weights.generation == late[0].header.generation
 
 
 def test_only_our_own_are_removed(namespace: str) -> None:

@@ -1,44 +1,36 @@
-"""The byte format: names, the header page, and where blocks lie."""
+"""The byte format: names, where blocks lie, states and checks."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shm.errors import (
-    InvalidInput,
-    SegmentCorrupt,
-    SegmentError,
-    SegmentForeign,
-    SegmentTooNew,
-    SegmentTruncated,
-    SegmentUnsealed,
-)
+from shm.errors import InvalidInput
 from shm.layout import (
     BLOCK_ALIGNMENT,
     ENTRY,
     HEADER_NBYTES,
-    STATE_OFFSET,
-    VERSION,
+    MANIFEST_OFFSET,
     BlockState,
-    Header,
+    Entries,
     SegmentName,
-    SegmentState,
+    copy_offset,
+    entry_check,
+    entry_checks,
     plan_segment,
 )
 from shm.manifest import NAME_CHARS_MAX, Manifest
+from shm.table import is_whole
 
 NAME_MAX = 255
 NAME = SegmentName("prod", "org/model-1", "node-a")
-CHECKSUM_OFFSET = HEADER_NBYTES - 8
 
 parts = st.text(
     st.sampled_from("ab.-_/ Äß語😀") | st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=NAME_CHARS_MAX
@@ -100,126 +92,6 @@ def test_names_out_of_limits_are_refused(part: str, position: int) -> None:
         SegmentName(*three)
 
 
-# -- the header page -----------------------------------------------------------------------------------------------
-
-u64 = st.integers(0, (1 << 64) - 1)
-headers = st.builds(
-    Header,
-    name=names,
-    state=st.sampled_from([SegmentState.CLAIMED, SegmentState.FILLING]),
-    generation=u64, owner_pid=u64, created_ns=u64, sealed_ns=u64, manifest_offset=u64, manifest_nbytes=u64,
-    table_offset=u64, table_nbytes=u64, data_offset=u64, data_nbytes=u64, total_nbytes=u64,
-    manifest_digest=st.binary(min_size=32, max_size=32), origin=st.binary(min_size=16, max_size=16),
-)  # fmt: skip
-
-
-def header(state: SegmentState = SegmentState.SEALED, **fields: object) -> Header:
-    whole = Header(NAME, state, 7, 4242, 11, 13, total_nbytes=99_999, manifest_digest=bytes(range(32)))
-    return replace(whole, **fields)  # type: ignore[arg-type]
-
-
-def unpack(page: bytes, object_nbytes: int = 99_999) -> Header:
-    return Header.unpack(page, "object", object_nbytes)
-
-
-@settings(max_examples=60, deadline=None)
-@given(headers)
-def test_a_header_reads_back_as_it_was(header: Header) -> None:
-    page = header.pack()
-    assert len(page) == HEADER_NBYTES
-    assert unpack(page) == header
-
-
-def test_the_longest_names_fit_the_page() -> None:
-    long = header(name=SegmentName(*["😀" * NAME_CHARS_MAX] * 3))
-    assert unpack(long.pack()) == long
-
-
-@pytest.mark.parametrize("state", SegmentState)
-def test_the_state_lies_outside_the_checksum(state: SegmentState) -> None:
-    page = bytearray(header(SegmentState.CLAIMED).pack())
-    struct.pack_into("<I", page, STATE_OFFSET, state)
-    assert unpack(bytes(page)).state is state
-
-
-def test_the_format_is_the_one_that_is_written_down() -> None:
-    page = header().pack()
-    assert page[:8] == b"HOTSPARE"
-    assert struct.unpack_from("<III", page, 8) == (VERSION, HEADER_NBYTES, SegmentState.SEALED)
-    stateless = page[:STATE_OFFSET] + bytes(4) + page[STATE_OFFSET + 4 : CHECKSUM_OFFSET]
-    assert page[CHECKSUM_OFFSET:] == struct.pack("<Q", xxhash.xxh3_64_intdigest(stateless))
-
-
-def resealed(page: bytearray) -> bytes:
-    """The page with a checksum that is right."""
-    stateless = page[:STATE_OFFSET] + bytes(4) + page[STATE_OFFSET + 4 : CHECKSUM_OFFSET]
-    return bytes(page[:CHECKSUM_OFFSET]) + struct.pack("<Q", xxhash.xxh3_64_intdigest(bytes(stateless)))
-
-
-@pytest.mark.parametrize("nbytes", [0, 1, 3333, HEADER_NBYTES - 1])
-def test_less_than_a_header_is_truncated(nbytes: int) -> None:
-    with pytest.raises(SegmentTruncated, match=f"has {nbytes} bytes, less than a header"):
-        unpack(header().pack()[:nbytes], nbytes)
-
-
-def test_a_sealed_object_shorter_than_its_header_says_is_truncated() -> None:
-    assert unpack(header().pack(), 99_999).total_nbytes == 99_999
-    assert unpack(header().pack(), 199_999).total_nbytes == 99_999, "longer is fine: its owner extends it"
-    with pytest.raises(SegmentTruncated, match="has 99998 bytes, its header says 99999"):
-        unpack(header().pack(), 99_998)
-
-
-def test_another_magic_is_foreign() -> None:
-    page = bytearray(header().pack())
-    page[:8] = b"HOTSPANE"
-    with pytest.raises(SegmentForeign, match="does not begin with HOTSPARE"):
-        unpack(resealed(page))
-
-
-def test_a_page_of_zeros_is_a_claim_whose_header_was_not_written_yet() -> None:
-    with pytest.raises(SegmentUnsealed):
-        unpack(bytes(HEADER_NBYTES), HEADER_NBYTES)
-
-
-@pytest.mark.parametrize("version", [VERSION + 1, 0xFFFFFFFF])
-def test_a_newer_format_is_refused_whatever_the_rest_looks_like(version: int) -> None:
-    page = bytearray(header().pack())
-    struct.pack_into("<I", page, 8, version)
-    page[100:CHECKSUM_OFFSET] = b"?" * (CHECKSUM_OFFSET - 100)
-    with pytest.raises(SegmentTooNew, match=f"format {version}, this Hotspare reads up to {VERSION}"):
-        unpack(bytes(page))
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.integers(12, HEADER_NBYTES - 1).filter(lambda at: not STATE_OFFSET <= at < STATE_OFFSET + 4), st.integers(0, 7)
-)
-def test_any_flipped_bit_is_corrupt(at: int, bit: int) -> None:
-    page = bytearray(header().pack())
-    page[at] ^= 1 << bit
-    with pytest.raises(SegmentCorrupt, match="does not match its checksum"):
-        unpack(bytes(page))
-
-
-@pytest.mark.parametrize("state", [3, 77, 0xFFFFFFFF])
-def test_an_unknown_state_is_corrupt(state: int) -> None:
-    page = bytearray(header().pack())
-    struct.pack_into("<I", page, STATE_OFFSET, state)
-    with pytest.raises(SegmentCorrupt, match=f"unknown state {state}"):
-        unpack(bytes(page))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(20, 400), st.binary(min_size=1, max_size=40))
-def test_a_page_with_a_right_checksum_and_wrong_content_raises_nothing_but_segment_errors(at: int, junk: bytes) -> None:
-    page = bytearray(header(SegmentState.CLAIMED).pack())
-    page[at : at + len(junk)] = junk
-    try:
-        unpack(resealed(page))
-    except SegmentError:
-        return
-
-
 # -- where blocks lie ----------------------------------------------------------------------------------------------
 
 
@@ -234,13 +106,62 @@ def test_blocks_are_page_aligned_ascending_and_without_holes(
     table = plan.table
     assert np.flatnonzero(table["state"] == BlockState.RESERVED).tolist() == held
     absent = np.setdiff1d(np.arange(len(manifest)), held)
-    assert table[absent].tobytes() == bytes(ENTRY.itemsize * len(absent)), "an absent block's entry is all zeros"
+    assert set(table["state"][absent].tolist()) <= {BlockState.ABSENT}
+    assert is_whole(np.arange(len(table)), table).all()
     end = plan.data_offset
     for row in held:
         assert table["offset"][row] == end
         assert table["nbytes"][row] == manifest.nbytes[row]
         end += -(-int(manifest.nbytes[row]) // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
     assert plan.total_nbytes == end
-    assert plan.manifest_offset == HEADER_NBYTES
-    assert plan.manifest_offset + plan.manifest_nbytes <= plan.table_offset
-    assert plan.table_offset + plan.table_nbytes <= plan.data_offset
+    sections = [(0, HEADER_NBYTES), (MANIFEST_OFFSET, plan.manifest_nbytes), (plan.table_offset, plan.table_nbytes)]
+    twice = [(start, nbytes) for at, nbytes in sections for start in (at, copy_offset(at, nbytes))]
+    ends = [start + nbytes for start, nbytes in twice]
+    starts = [*(start for start, _ in twice), plan.data_offset]
+    assert starts[0] == 0
+    assert [-(-end // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT for end in ends] == starts[1:]
+
+
+# -- states and checks ---------------------------------------------------------------------------------------------
+
+
+def test_no_few_flipped_bits_turn_a_state_into_another_or_nothing_into_one() -> None:
+    words = [0, 0xFFFFFFFF, *map(int, BlockState)]
+    distances = [(one ^ other).bit_count() for one, other in itertools.combinations(words, 2)]
+    assert min(distances) == 16
+
+
+def entries(n: int, seed: int = 0) -> Entries:
+    random = np.random.Generator(np.random.SFC64(seed))
+    return np.frombuffer(random.bytes(n * ENTRY.itemsize), ENTRY).copy()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 332), st.integers(0, 8 * 32 - 1))
+def test_any_flipped_bit_of_an_entry_changes_its_check(row: int, bit: int) -> None:
+    table, rows = entries(333), np.arange(333)
+    before = entry_checks(rows, table)
+    table.view(np.uint8).reshape(333, ENTRY.itemsize)[row, bit // 8] ^= 1 << bit % 8
+    assert np.flatnonzero(entry_checks(rows, table) != before).tolist() == [row]
+
+
+def test_entries_of_other_rows_have_other_checks() -> None:
+    """One that was written to another row's place is not taken for that row's."""
+    alike = np.repeat(entries(1), 3333)
+    assert len(np.unique(entry_checks(np.arange(3333), alike))) == 3333
+
+
+def test_the_check_is_the_one_that_is_written_down() -> None:
+    def mixed(word: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            word = (word ^ word >> shift) * factor % (1 << 64)
+        return word ^ word >> 31
+
+    table = entries(3)
+    for row in range(3):
+        check = mixed(row + 8)
+        for word in struct.unpack_from("<4Q", table[row].tobytes()):
+            check = mixed(check ^ word)
+        assert entry_checks(np.array([row + 7]), table[row : row + 1]).tolist() == [check]
+        offset, nbytes, checksum, *_ = table[row].tolist()
+        assert entry_check(row + 7, offset, nbytes, checksum) == check

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -396,6 +398,38 @@ def test_bytes_that_build_would_not_have_written_are_refused(
     assert change(data) != data
     with pytest.raises(ManifestError, match=said):
         Manifest.from_bytes(change(data))
+
+
+# What is written into the two tables, by field and row, and the error's words.
+TABLES: dict[str, tuple[str, str, int, int, str]] = {
+    "a key out of order": ("rows", "layer", 5, 0, "ascending order of .layer, expert."),
+    "a key below dense": ("rows", "expert", 0, -2, "ascending order of .layer, expert."),
+    "a schema that is not there": ("rows", "schema", 3, 99, "a schema that is not there"),
+    "an absurd schema": ("rows", "schema", 3, 0xFFFFFFFF, "a schema that is not there"),
+    "a range of another block": ("rows", "first_range", 3, 7, "do not add up"),
+    "a file that is not there": ("ranges", "file", 3, 1, "a file that is not there"),
+    "an absurd offset": ("ranges", "offset", 3, (1 << 64) - 1, "past the end of its file"),
+    "reserved bytes": ("ranges", "reserved", 3, 1 << 31, "reserved bytes of a file range are not zero"),
+}
+
+
+@pytest.mark.parametrize("fault", TABLES)
+def test_a_right_digest_does_not_save_bytes_that_make_no_sense(fault: str, mixed: Manifest) -> None:
+    table, field, row, value, said = TABLES[fault]
+    tables = {"rows": mixed.rows.copy(), "ranges": mixed.ranges.copy()}
+    tables[table][field][row] = value
+    data = replace(mixed, **tables).to_bytes()
+    for digest in (None, hashlib.sha256(data).hexdigest()):
+        with pytest.raises(ManifestError, match=said):
+            Manifest.from_bytes(data, digest)
+
+
+def test_the_same_manifest_in_other_bytes_is_refused(mixed: Manifest) -> None:
+    data = mixed.to_bytes()
+    other = data.replace(b'"family":"f","include":"all"', b'"include":"all","family":"f"')
+    assert len(other) == len(data)
+    with pytest.raises(ManifestError, match="not in the same bytes"):
+        Manifest.from_bytes(other, hashlib.sha256(other).hexdigest())
 
 
 def test_bytes_without_their_digest_are_refused(mixed: Manifest) -> None:

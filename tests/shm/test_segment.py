@@ -19,6 +19,7 @@ from shm.attachment import attach
 from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
+    InvalidInput,
     SegmentBusy,
     SegmentError,
     SegmentForeign,
@@ -26,7 +27,8 @@ from shm.errors import (
     SegmentTooNew,
     SegmentUnsealed,
 )
-from shm.layout import HEADER_NBYTES, SHM_DIRECTORY, BlockState, SegmentName, SegmentState
+from shm.header import Header
+from shm.layout import HEADER_NBYTES, MANIFEST_OFFSET, SHM_DIRECTORY, BlockState, SegmentName, SegmentState, copy_offset
 from shm.manifest import Manifest
 from shm.segment import Segment
 
@@ -179,8 +181,15 @@ def make_object(name: SegmentName, content: bytes) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0" * HEADER_NBYTES, b"HOTSPARE" + b"\1\0\0\0\0\x10\0\0" + b"\0" * 4080, b"HOT", b"HOTSPARE" + b"\0" * 9],
-    ids=["empty", "no header", "half a header", "cut in the magic", "cut"],
+    [
+        b"",
+        b"\0" * HEADER_NBYTES,
+        b"\0" * 8192,
+        b"HOTSPARE\2\0\0\0\0\x10" + b"\0" * 8178,
+        b"HOT",
+        b"HOTSPARE" + b"\0" * 9,
+    ],
+    ids=["empty", "no header", "no headers", "half a header", "cut in the magic", "cut"],
 )
 def test_what_an_owner_killed_while_claiming_leaves_is_replaced(namespace: str, content: bytes) -> None:
     make_object(name_of(namespace), content)
@@ -201,8 +210,9 @@ def test_an_object_that_is_not_ours_is_never_removed(namespace: str) -> None:
 def test_a_segment_of_a_newer_format_is_never_removed(sealed: Callable[..., Segment], namespace: str) -> None:
     sealed().close()
     with open(path_of(name_of(namespace)), "r+b") as file:
-        file.seek(8)
-        file.write(b"\x09")
+        for at in (0, HEADER_NBYTES):
+            file.seek(at + 8)
+            file.write(b"\x09")
     with pytest.raises(SegmentTooNew, match="format 9"):
         Segment.claim(name_of(namespace))
     assert os.path.exists(path_of(name_of(namespace)))
@@ -216,15 +226,31 @@ def test_a_segment_under_another_ones_name_is_foreign(sealed: Callable[..., Segm
 
 
 @pytest.mark.parametrize("where", ["header", "manifest"])
-def test_a_sealed_segment_with_a_damaged_header_or_manifest_is_replaced(
+def test_a_sealed_segment_whose_header_or_manifest_is_damaged_in_both_copies_is_replaced(
     sealed: Callable[..., Segment], namespace: str, where: str
 ) -> None:
     segment = sealed()
-    at = 100 if where == "header" else segment.header.manifest_offset + 30
+    start, nbytes = (0, HEADER_NBYTES) if where == "header" else (MANIFEST_OFFSET, segment.header.manifest_nbytes)
     segment.close()
     with open(path_of(name_of(namespace)), "r+b") as file:
-        file.seek(at)
-        file.write(b"\xff\xfe\xfd")
+        for at in (start, copy_offset(start, nbytes)):
+            file.seek(at + 100)
+            file.write(b"\xff\xfe\xfd")
+    again = Segment.claim(name_of(namespace))
+    assert again.state is SegmentState.CLAIMED
+    again.unlink()
+
+
+def test_a_segment_of_a_format_that_is_no_longer_read_is_replaced(
+    sealed: Callable[..., Segment], namespace: str
+) -> None:
+    sealed().close()
+    with open(path_of(name_of(namespace)), "r+b") as file:
+        for at in (0, HEADER_NBYTES):
+            file.seek(at + 8)
+            file.write(b"\x01")
+    with pytest.raises(SegmentError, match=r"format 1, .*start its node with this Hotspare"):
+        attach("tiny", namespace=namespace)
     again = Segment.claim(name_of(namespace))
     assert again.state is SegmentState.CLAIMED
     again.unlink()
@@ -316,7 +342,7 @@ except SharedMemoryFull as error:
 else:
     raise SystemExit("it fitted")
 assert used() == before, (used(), before)
-assert os.stat("/dev/shm/" + name.object_name).st_size == 4096
+assert os.stat("/dev/shm/" + name.object_name).st_size == 8192
 segment.allocate(manifest, range(5))
 """)
 
@@ -356,7 +382,7 @@ with open("/dev/shm/fat", "wb") as file:
 try:
     Segment.claim(name)
 except SharedMemoryFull as error:
-    assert (error.needed, error.free) == (4096, 0)
+    assert (error.needed, error.free) == (8192, 0)
 else:
     raise SystemExit("it fitted")
 assert os.listdir("/dev/shm") == ["fat"]
@@ -400,6 +426,51 @@ def test_nothing_is_sealed_while_a_block_is_not_published(
     segment.unlink()
 
 
+def test_one_page_of_a_header_is_whole_whenever_its_owner_is_killed(
+    namespace: str,
+    make_manifest: Callable[..., Manifest],
+    fill: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    segment = Segment.claim(name_of(namespace))
+    seen: list[SegmentState] = []
+    pwrite = os.pwrite
+
+    def look(fd: int) -> None:
+        pages = os.pread(fd, MANIFEST_OFFSET, 0)
+        seen.append(Header.read(pages, "object", os.fstat(fd).st_size).state)
+
+    def in_pieces(fd: int, data: bytes, at: int) -> int:
+        for start in range(0, len(data), 1111):
+            pwrite(fd, data[start : start + 1111], at + start)
+            look(fd)
+        return len(data)
+
+    monkeypatch.setattr("shm.twin.os.pwrite", in_pieces)
+    segment.allocate(make_manifest(), [0, 3])
+    assert set(seen) == {SegmentState.CLAIMED, SegmentState.FILLING}
+    assert seen == sorted(seen), "the state does not come before what it promises"
+    seen.clear()
+    fill(segment)
+    segment.seal()
+    assert set(seen) == {SegmentState.FILLING, SegmentState.SEALED}
+    segment.unlink()
+
+
+def test_what_a_filling_header_promises_is_there_before_it(
+    namespace: str, make_manifest: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = Segment.claim(name_of(namespace))
+    written: list[int] = []
+    pwrite = os.pwrite
+    monkeypatch.setattr("shm.twin.os.pwrite", lambda fd, data, at: written.append(at) or pwrite(fd, data, at))
+    segment.allocate(make_manifest(), [0, 3])
+    assert written[-2:] == [0, HEADER_NBYTES], "the header comes last"
+    assert MANIFEST_OFFSET in written[:-2]
+    assert segment.header.table_offset in written[:-2]
+    segment.unlink()
+
+
 def test_a_quarantined_block_is_hidden_and_keeps_its_checksum(sealed: Callable[..., Segment], namespace: str) -> None:
     segment = sealed()
     known = segment.checksum(3)
@@ -427,7 +498,8 @@ def test_a_segment_is_allocated_once(sealed: Callable[..., Segment], make_manife
 
 def test_rows_without_space_are_refused_by_key(sealed: Callable[..., Segment]) -> None:
     segment = sealed(rows=[0, 2])
-    for ask in (segment.block, segment.address):
+    asks = (segment.block, segment.address, segment.served_address, segment.quarantine)
+    for ask in (*asks, lambda row: segment.publish(row, bytes(16))):
         with pytest.raises(BlockUnavailable, match=r"has no space for .*expert=1"):
             ask(1)
 
@@ -483,18 +555,20 @@ def test_extending_by_nothing_new_changes_nothing(sealed: Callable[..., Segment]
 EXTENDER = """
 import os, signal, sys
 from shm import posix
+from shm.extents import Extents
 from shm.layout import SegmentName
 from shm.segment import Segment
+from shm.table import BlockTable
 
 namespace, victim, moment = sys.argv[1:]
 segment = Segment.claim(SegmentName(namespace, "tiny", "n0"))
 owner, _, method = victim.rpartition(".")
-owner = posix if owner == "posix" else Segment
+owner = {"posix": posix, "Segment": Segment, "Extents": Extents, "BlockTable": BlockTable}[owner]
 call = getattr(owner, method)
 
-def dying(*arguments):
+def dying(*arguments, **changes):
     if moment == "after":
-        call(*arguments)
+        call(*arguments, **changes)
     os.kill(os.getpid(), signal.SIGKILL)
 
 setattr(owner, method, dying)
@@ -505,7 +579,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("victim", ["posix.reserve", "Segment._map_extent", "Segment._write_header"])
+@pytest.mark.parametrize("victim", ["posix.reserve", "Extents.cover", "Segment._write_header", "BlockTable.place"])
 def test_a_crash_at_any_point_of_extending_costs_no_block(
     python: Callable[..., Any],
     sealed: Callable[..., Segment],
@@ -602,14 +676,25 @@ def test_unlinking_removes_the_name_and_leaves_another_ones_object(namespace: st
     assert not os.path.exists(path_of(second.name))
 
 
-def test_record_origin_survives_the_owner(sealed: Callable[..., Segment], namespace: str) -> None:
+def test_origin_and_content_survive_the_owner(sealed: Callable[..., Segment], namespace: str) -> None:
     segment = sealed()
+    assert segment.header.content_digest == bytes(16)
     segment.record_origin(bytes(range(16)))
+    segment.record_content(bytes(range(33, 49)))
     segment.close()
     again = Segment.claim(name_of(namespace))
     assert again.header.origin == bytes(range(16))
+    assert again.header.content_digest == bytes(range(33, 49))
     assert again.state is SegmentState.SEALED
     again.close()
+
+
+@pytest.mark.parametrize("nbytes", [0, 15, 17, 32])
+def test_a_content_digest_of_another_length_is_refused(sealed: Callable[..., Segment], nbytes: int) -> None:
+    segment = sealed()
+    with pytest.raises(InvalidInput, match=f"of {nbytes} bytes: give 16"):
+        segment.record_content(bytes(nbytes))
+    assert segment.header.content_digest == bytes(16)
 
 
 # -- posix ---------------------------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from shm.block import ExpertKey
 from shm.errors import HotspareError
 from transfer.checkpoint import read_checkpoint
 from transfer.errors import TransferFailed
+from transfer.ledger import OFFER_TRIES_MAX
 from transfer.memory import view
 from transfer.plan import Batch, Limits, Offer, Piece, Want
 from transfer.progress import Progress, Report, RestoreState
-from transfer.restore import SOURCE_FAILURES_MAX, Restore
+from transfer.restore import Restore
 from transfer.sources import DiskSource, InPlace, LocalSource, Source, SourceKind
+from transfer.standing import SOURCE_FAILURES_MAX
 
 NBYTES = 3333
 SPARE = 77  # between blocks, so that nothing joins
@@ -51,12 +53,16 @@ class Slots:
         self.published: set[int] = set()
         self.begun: Counter[int] = Counter()
         self.wrong: list[int] = []
+        self.looks: Counter[int] = Counter()
+        self.before_look: Callable[[int], None] = lambda row: None
 
     def begin(self, want: Want) -> None:
         self.begun[want.row] += 1
         self.published.discard(want.row)
 
     def checksum(self, want: Want) -> bytes:
+        self.looks[want.row] += 1
+        self.before_look(want.row)
         return xxhash.xxh3_128_digest(self.memory.block(want.row))
 
     def publish(self, want: Want, checksum: bytes) -> None:
@@ -254,12 +260,37 @@ def test_the_next_tier_serves_what_no_replica_can(case: Case) -> None:
     assert report.bytes_by_source == {"local": 0, "peer": 0, "disk": 13 * NBYTES}
 
 
-def test_a_source_that_keeps_failing_is_not_asked_again(case: Case) -> None:
+def test_a_source_that_keeps_failing_is_left_aside_while_others_can_serve(case: Case) -> None:
     bad, good = Odd("bad", before=fail()), Odd("good")
     report = case.restore([bad], [good]).run()
     case.check(report)
     batches_of_two = 2 * SOURCE_FAILURES_MAX
     assert len(bad.fetched) == batches_of_two
+
+
+def test_a_source_that_failed_for_passing_reasons_still_brings_what_only_it_has(case: Case) -> None:
+    passing = iter([fail(), fail(), fail()])
+
+    def trick(batch: Batch) -> None:
+        next(passing, lambda batch: None)(batch)
+
+    source = Odd("a", before=trick)
+    report = case.restore([source]).run()
+    assert report.ok
+    case.check(report)
+    assert len(source.fetched) == len(case.rows) + 2 * SOURCE_FAILURES_MAX + 2, "three batches of two came twice"
+
+
+def test_one_block_that_a_source_cannot_give_costs_no_other(case: Case) -> None:
+    def trick(batch: Batch) -> None:
+        if any(want.row == 7 for want in batch.wants):
+            raise TransferFailed("a bad sector")
+
+    disk = Odd("disk", before=trick, kind=SourceKind.DISK)
+    report = case.restore([disk]).run()
+    case.check(report, done=set(case.rows) - {7})
+    assert report.failed[0].reason == "disk: a bad sector"
+    assert disk.fetched.count(7) == OFFER_TRIES_MAX
 
 
 @pytest.mark.parametrize("error", [OSError(5, "I/O"), MemoryError("no"), KeyError("x"), HotspareError("ours")])
@@ -280,8 +311,7 @@ def test_where_nobody_can_help_the_report_says_what_each_source_said(case: Case)
     case.check(report, done={2, 3, 5})
     assert report.error is not None
     assert report.error.startswith("10 blocks could not be had")
-    assert "broken: it is on fire" in report.failed[0].reason
-    assert any("given up after" in f.reason for f in report.failed)
+    assert {f.reason for f in report.failed} == {"broken: it is on fire"}
 
 
 def test_a_block_that_nobody_offers_is_reported_with_a_reason(case: Case) -> None:
@@ -316,17 +346,13 @@ def test_late_bytes_after_a_timeout_are_seen_and_the_block_is_brought_again(case
         late.append(lambda: spoil(batch))
         raise TransferFailed("gave up", timed_out=True)
 
-    third = Odd("third", kind=SourceKind.DISK)
-    restore = case.restore([Odd("stalled", before=time_out)], [Odd("second")], [third])
-    settle = restore._settle_late
-
-    def land_then_settle() -> bool:
-        while late:
+    def land(row: int) -> None:
+        while case.slots.looks[row] > 1 and late:  # all have been verified, and are looked at once more
             late.pop()()
-        return settle()
 
-    restore._settle_late = land_then_settle  # type: ignore[method-assign]
-    report = restore.run()
+    third = Odd("third", kind=SourceKind.DISK)
+    case.slots.before_look = land
+    report = case.restore([Odd("stalled", before=time_out)], [Odd("second")], [third]).run()
     assert report.ok
     case.check(report)
     assert len(third.fetched) == 2 * SOURCE_FAILURES_MAX, "those that the stalled peer could still reach"
@@ -337,20 +363,28 @@ def test_late_bytes_that_nobody_can_mend_are_reported(case: Case) -> None:
     def time_out(batch: Batch) -> None:
         raise TransferFailed("gave up", timed_out=True)
 
-    restore = case.restore([Odd("stalled", before=time_out)], [Odd("second")])
-    settle = restore._settle_late
+    def land(row: int) -> None:
+        if case.slots.looks[row] > 1:
+            case.slots.memory.block(row)[0] ^= case.slots.looks[row]
 
-    def land_then_settle() -> bool:
-        for want, _, _ in restore._late.values():
-            case.slots.memory.block(want.row)[0] ^= 1
-        return settle()
-
-    restore._settle_late = land_then_settle  # type: ignore[method-assign]
-    report = restore.run()
+    case.slots.before_look = land
+    report = case.restore([Odd("stalled", before=time_out)], [Odd("second")]).run()
     assert report.state is RestoreState.FAILED
     case.check(report, done=case.slots.published)
     assert len(report.failed) == 2 * SOURCE_FAILURES_MAX
     assert "late bytes" in report.failed[0].reason
+
+
+def test_blocks_that_late_bytes_may_reach_are_published_after_a_last_look_also_when_cancelled(case: Case) -> None:
+    def time_out(batch: Batch) -> None:
+        raise TransferFailed("gave up", timed_out=True)
+
+    second = Odd("second", after=lambda batch: restore.cancel())
+    restore = case.restore([Odd("stalled", before=time_out)], [second])
+    report = restore.run()
+    assert report.state is RestoreState.CANCELLED
+    case.check(report, done=set(second.fetched))
+    assert any(case.slots.looks[row] > 1 for row in second.fetched)
 
 
 # -- destinations that fail ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from shm.block import ExpertKey
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.engine import Copy
 from transfer.errors import CheckpointError
-from transfer.plan import Batch, Offer, Piece, Want, plan
+from transfer.plan import Batch, Limits, Piece, Queue, Want
 from transfer.sources import DiskSource, InPlace, LocalSource, runs_of
 
 HIDDEN, INNER = 33, 7  # 462 bytes a matrix: 50 bytes of alignment between the tensors of a block
@@ -55,11 +55,13 @@ def fetch(checkpoint: Checkpoint, rows: list[int], split_at: int | None = None) 
             pieces = (Piece(base + nbytes - split_at, 0, split_at), Piece(base, split_at, nbytes - split_at))
         wants.append(Want(row, nbytes, pieces, None))
         at += nbytes + 77
-    planned = plan(wants, {row: [Offer("disk", source.position(row))] for row in rows}, {})
+    queue = Queue()
+    for want in wants:
+        queue.put(want, source.position(want.row))
     checksums: dict[int, bytes] = {}
     try:
-        for batch in planned.batches["disk"]:
-            checksums |= source.fetch(batch)
+        while queue:
+            checksums |= source.fetch(queue.cut(source, Limits()))
     finally:
         source.close()
     found = []

@@ -6,13 +6,13 @@ put ──▶ renewed every third of its time ──▶ put again where the node
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from shm.errors import HotspareError
 from transfer.client.control_plane import ControlPlane
 from transfer.client.http import NodeRefused, NodeUnreachable
+from transfer.loop import Loop
 
 RENEWALS_PER_TTL = 3  # so that two may be lost
 RENEW_INTERVAL_S_MAX = 60.0
@@ -31,15 +31,14 @@ class Registration:
         self._control = control
         self._document = document
         self._interval_s = min(self.ttl_s / RENEWALS_PER_TTL, RENEW_INTERVAL_S_MAX)
-        self._ended = threading.Event()
+        self._last_said: str | None = None
         control.put_consumer(consumer_id, document)
-        self._keeper = threading.Thread(target=self._keep, name="hotspare-consumer", daemon=True)
-        self._keeper.start()
+        self._loop = Loop("hotspare-consumer", self._keep, first_after_s=self._interval_s)
+        self._loop.start()
 
     def end(self) -> None:
         """Take it back: once this returns, no new write begins. Raises nothing: a node that is gone writes no more."""
-        self._ended.set()
-        self._keeper.join()
+        self._loop.stop()
         try:
             self._control.remove_consumer(self.consumer_id)
         except NodeRefused as error:
@@ -48,17 +47,16 @@ class Registration:
         except NodeUnreachable as error:
             _log.warning("consumer %s is left to expire: %s", self.consumer_id, error)
 
-    def _keep(self) -> None:
-        last = None
-        while not self._ended.wait(self._interval_s):
-            try:
-                self._renew()
-                said = None
-            except HotspareError as error:
-                said = str(error)
-            if said is not None and said != last:
-                _log.warning("consumer %s is not renewed: %s", self.consumer_id, said)
-            last = said
+    def _keep(self) -> float:
+        said = None
+        try:
+            self._renew()
+        except HotspareError as error:
+            said = str(error)
+        if said is not None and said != self._last_said:
+            _log.warning("consumer %s is not renewed: %s", self.consumer_id, said)
+        self._last_said = said
+        return self._interval_s
 
     def _renew(self) -> None:
         try:

@@ -27,8 +27,8 @@ from app.documents import (
     ShardMap,
 )
 from app.errors import Unavailable
+from app.node.holding import Holding
 from app.node.node import NodeState
-from shm.manifest import Manifest
 
 router = APIRouter(prefix="/v1", tags=["cluster"])
 
@@ -36,10 +36,10 @@ LayerFilter = Annotated[int | None, Query(ge=0, le=2**31 - 1, description="Only 
 ExpertFilter = Annotated[int | None, Query(ge=0, le=2**31 - 1, description="Only this expert of each layer.")]
 
 
-def _manifest(context: Context) -> Manifest:
-    if context.node.manifest is None:
+def _holding(context: Context) -> Holding:
+    if context.node.holding is None:
         raise Unavailable("this node has no manifest yet", retry_after_s=1)
-    return context.node.manifest
+    return context.node.holding
 
 
 @router.get(
@@ -61,19 +61,18 @@ def get_shard_map(
     layer: LayerFilter = None,
     expert: ExpertFilter = None,
 ) -> Response:
-    manifest = _manifest(context)
-    revision = context.node.revision
+    holding = _holding(context)
+    manifest, revision = holding.manifest, holding.revision
     if scope == "cluster":
-        known = f"{context.node.settings.node_id}={revision};{context.cluster.revision()}"
+        known = f"{holding.node_id}={revision};{context.cluster.revision()}"
         revision = hashlib.sha256(known.encode()).hexdigest()[:16]
     tag = etag(f"{scope}:{layer}:{expert}:{manifest.digest[:16]}:{revision}")
     unchanged = not_modified(request, tag)
     if unchanged is not None:
         return unchanged
     rows = shard_map.select(manifest, layer, expert).tolist()
-    node = context.node
-    session_id = node.engine.session_id if node.engine else ""
-    replicas = [shard_map.node_replicas(node.segment, node.settings.node_id, session_id)]
+    session_id = context.node.engine.session_id if context.node.engine else ""
+    replicas = [holding.replicas(session_id)]
     if scope == "cluster":
         replicas.extend(shard_map.cluster_replicas(context.cluster))
     experts, dense = shard_map.entries(manifest, rows, replicas)
@@ -81,6 +80,7 @@ def get_shard_map(
         {
             "model": manifest.model,
             "manifest_digest": manifest.digest,
+            "content_digest": holding.content_digest,
             "revision": revision,
             "experts": experts,
             "dense": dense,
@@ -131,8 +131,8 @@ def _counts(count: CoverageCount) -> CoverageCounts:
     responses=problem_responses(401, 503),
 )
 def get_coverage(context: CurrentContext) -> CoverageDocument:
-    manifest = _manifest(context)
-    held = {context.node.settings.node_id: context.node.published()}
+    holding = _holding(context)
+    manifest, held = holding.manifest, {holding.node_id: holding.published()}
     for node_id, blocks in context.cluster.holdings().items():
         held[node_id] = np.fromiter(sorted(blocks.blocks), np.int64)
     coverage = cover(manifest, held, context.node.settings.replica_count)

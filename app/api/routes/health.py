@@ -6,6 +6,7 @@ from fastapi import APIRouter, Response
 
 from app.api.current import CurrentContext
 from app.documents import Live, Readiness
+from app.node.holding import NOTHING
 
 router = APIRouter(tags=["health"])
 
@@ -21,8 +22,10 @@ async def livez() -> Live:
     responses={503: {"model": Readiness, "description": "Not ready: the body names each check."}},
 )
 def readyz(context: CurrentContext, response: Response) -> Readiness:
-    checks = context.node.checks()
+    holding = context.node.holding
+    checks = holding.checks() if holding else NOTHING
     ready = all(checks.values())
     if not ready:
         response.status_code = 503
-    return Readiness(ready=ready, state=context.node.state, checks=checks, missing=len(context.node.missing()))
+    missing = len(holding.missing()) if holding else 0
+    return Readiness(ready=ready, state=context.node.state, checks=checks, missing=missing)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from app.cluster.membership import (
     ERROR_CHARS_MAX,
+    FAILURE_SPACING_S,
     FAILURES_MAX,
     REPORT_CHARS_MAX,
     SUSPECT_AFTER_S,
@@ -27,14 +28,16 @@ OTHER_DIGEST = "e2" * 32
 START = 1003.5  # a clock that does not begin at 0
 PLACEMENT = "p1" * 16
 
-THEIRS = NodeReport("b", "qwen", "prod", "ready", DIGEST, "10.0.0.2:15002", "1-7", 2, PLACEMENT)
+CONTENT = "c1" * 16
+
+THEIRS = NodeReport("b", "qwen", "prod", "ready", DIGEST, CONTENT, "10.0.0.2:15002", "1-7", 2, PLACEMENT)
 
 
 def members_of(*node_ids: str) -> Membership:
     members = Membership(
         {node_id: f"http://host-{node_id}:8470" for node_id in node_ids}, model="qwen", namespace="prod"
     )
-    members.use_manifest(DIGEST, PLACEMENT)
+    members.use_manifest(DIGEST, PLACEMENT, CONTENT)
     return members
 
 
@@ -49,20 +52,20 @@ def unheard() -> Membership:
 
 @pytest.fixture
 def alive(unheard: Membership) -> Membership:
-    unheard.answered("b", THEIRS, START)
+    unheard.answered("b", THEIRS, asked_at=START, now=START)
     return unheard
 
 
 @pytest.fixture
 def suspect(alive: Membership) -> Membership:
-    alive.failed("b", "connection refused", START + 1)
+    alive.failed("b", "connection refused", asked_at=START + 1, now=START + 1)
     return alive
 
 
 @pytest.fixture
 def unreachable(alive: Membership) -> Membership:
     for i in range(FAILURES_MAX):
-        alive.failed("b", f"connection refused, {i}", START + 1 + i / 100)
+        alive.failed("b", f"connection refused, {i}", asked_at=START + 1 + i, now=START + 1 + i)
     return alive
 
 
@@ -80,21 +83,21 @@ def test_unheard_is_suspect(unheard: Membership) -> None:
 
 
 def test_unheard_answered_is_alive(unheard: Membership) -> None:
-    peer = unheard.answered("b", THEIRS, START)
+    peer = unheard.answered("b", THEIRS, asked_at=START, now=START)
     assert peer.state is PeerState.ALIVE
     assert (peer.heard_at, peer.report, peer.session_id, peer.sessions) == (START, THEIRS, "10.0.0.2:15002", 1)
 
 
 def test_unheard_failed_stays_suspect_and_says_why(unheard: Membership) -> None:
-    peer = unheard.failed("b", "connection refused", START)
+    peer = unheard.failed("b", "connection refused", asked_at=START, now=START)
     assert peer.state is PeerState.SUSPECT
     assert (peer.failures, peer.error, peer.heard_at) == (1, "connection refused", None)
 
 
 def test_unheard_failed_often_is_unreachable(unheard: Membership) -> None:
-    for _ in range(FAILURES_MAX):
-        unheard.failed("b", "timeout", START)
-    assert state(unheard, START) is PeerState.UNREACHABLE
+    for i in range(FAILURES_MAX):
+        unheard.failed("b", "timeout", asked_at=START + i, now=START + i)
+    assert state(unheard, START + FAILURES_MAX) is PeerState.UNREACHABLE
 
 
 def test_unheard_stays_suspect_however_long_nobody_polls(unheard: Membership) -> None:
@@ -105,7 +108,7 @@ def test_unheard_stays_suspect_however_long_nobody_polls(unheard: Membership) ->
 
 
 def test_alive_answered_stays_alive_with_the_newer_report(alive: Membership) -> None:
-    alive.answered("b", heard_of(revision="1-8"), START + 1)
+    alive.answered("b", heard_of(revision="1-8"), asked_at=START + 1, now=START + 1)
     peer = alive.peer("b")
     assert peer.state is PeerState.ALIVE
     assert peer.heard_at == START + 1
@@ -113,7 +116,7 @@ def test_alive_answered_stays_alive_with_the_newer_report(alive: Membership) -> 
 
 
 def test_alive_failed_is_suspect_and_keeps_what_it_said(alive: Membership) -> None:
-    peer = alive.failed("b", "timeout", START + 1)
+    peer = alive.failed("b", "timeout", asked_at=START + 1, now=START + 1)
     assert peer.state is PeerState.SUSPECT
     assert peer.heard_at == START
     assert peer.report == THEIRS
@@ -129,12 +132,12 @@ def test_alive_silent_is_suspect_but_never_unreachable(alive: Membership) -> Non
 
 
 def test_silent_answered_is_alive(alive: Membership) -> None:
-    alive.answered("b", THEIRS, START + 333)
+    alive.answered("b", THEIRS, asked_at=START + 333, now=START + 333)
     assert state(alive, START + 333) is PeerState.ALIVE
 
 
 def test_silent_failed_is_suspect_and_not_given_up_at_once(alive: Membership) -> None:
-    alive.failed("b", "timeout", START + 333)
+    alive.failed("b", "timeout", asked_at=START + 333, now=START + 333)
     assert state(alive, START + 333) is PeerState.SUSPECT
 
 
@@ -142,7 +145,7 @@ def test_silent_failed_is_suspect_and_not_given_up_at_once(alive: Membership) ->
 
 
 def test_suspect_answered_is_alive_and_its_failures_are_forgotten(suspect: Membership) -> None:
-    peer = suspect.answered("b", THEIRS, START + 2)
+    peer = suspect.answered("b", THEIRS, asked_at=START + 2, now=START + 2)
     assert peer.state is PeerState.ALIVE
     assert (peer.failures, peer.failing_since, peer.error) == (0, None, None)
 
@@ -150,8 +153,8 @@ def test_suspect_answered_is_alive_and_its_failures_are_forgotten(suspect: Membe
 def test_suspect_failed_is_unreachable_at_the_last_failure_allowed(suspect: Membership) -> None:
     for failure in range(2, FAILURES_MAX + 1):
         assert state(suspect, START + 2) is PeerState.SUSPECT
-        suspect.failed("b", f"timeout {failure}", START + 2)
-    assert state(suspect, START + 2) is PeerState.UNREACHABLE
+        suspect.failed("b", f"timeout {failure}", asked_at=START + failure, now=START + failure)
+    assert state(suspect, START + FAILURES_MAX) is PeerState.UNREACHABLE
     assert suspect.peer("b").error == f"timeout {FAILURES_MAX}"
 
 
@@ -162,9 +165,45 @@ def test_suspect_for_long_is_unreachable_without_another_failure(suspect: Member
 
 def test_suspect_failures_count_only_in_a_row(suspect: Membership) -> None:
     for i in range(3 * FAILURES_MAX):
-        suspect.answered("b", THEIRS, START + 2 + i)
-        suspect.failed("b", "timeout", START + 2.5 + i)
+        suspect.answered("b", THEIRS, asked_at=START + 2 + i, now=START + 2 + i)
+        suspect.failed("b", "timeout", asked_at=START + 2.5 + i, now=START + 2.5 + i)
         assert state(suspect, START + 2.5 + i) is PeerState.SUSPECT
+
+
+# -- who asks, and when ----------------------------------------------------------------------------------------
+
+
+def test_alive_failed_thrice_within_a_second_counts_once(alive: Membership) -> None:
+    """A restore, a caretaker and the prober may all ask a peer that is just being restarted."""
+    for i in range(3 * FAILURES_MAX):
+        asked_at = START + 1 + i * FAILURE_SPACING_S / (3 * FAILURES_MAX)
+        alive.failed("b", f"refused, {i}", asked_at=asked_at, now=asked_at)
+    peer = alive.peer("b")
+    assert (peer.state, peer.failures) == (PeerState.SUSPECT, 1)
+    assert peer.error == f"refused, {3 * FAILURES_MAX - 1}", "the last one still says why"
+
+
+def test_suspect_failed_counts_again_when_asked_later(suspect: Membership) -> None:
+    asked_at = START + 1.01 + FAILURE_SPACING_S
+    assert suspect.failed("b", "refused", asked_at=asked_at, now=asked_at).failures == 2
+
+
+def test_alive_failed_of_before_its_answer_is_dropped(alive: Membership) -> None:
+    alive.answered("b", heard_of(revision="1-8"), asked_at=START + 2, now=START + 2.1)
+    peer = alive.failed("b", "timeout", asked_at=START + 1, now=START + 3)
+    assert (peer.state, peer.failures, peer.error) == (PeerState.ALIVE, 0, None)
+
+
+def test_alive_answered_of_before_its_answer_is_dropped(alive: Membership) -> None:
+    alive.answered("b", heard_of(revision="1-8", session_id="10.0.0.2:15999"), asked_at=START + 2, now=START + 2.1)
+    peer = alive.answered("b", THEIRS, asked_at=START + 1, now=START + 3)
+    assert peer.report == heard_of(revision="1-8", session_id="10.0.0.2:15999")
+    assert (peer.session_id, peer.sessions, peer.heard_at) == ("10.0.0.2:15999", 2, START + 2.1)
+
+
+def test_suspect_answered_of_before_its_failure_is_dropped(suspect: Membership) -> None:
+    peer = suspect.answered("b", THEIRS, asked_at=START + 0.5, now=START + 2)
+    assert (peer.state, peer.failures) == (PeerState.SUSPECT, 1)
 
 
 # -- Unreachable -----------------------------------------------------------------------------------------------
@@ -176,18 +215,18 @@ def test_unreachable_keeps_what_it_said(unreachable: Membership) -> None:
 
 
 def test_unreachable_answered_is_alive(unreachable: Membership) -> None:
-    peer = unreachable.answered("b", THEIRS, START + 3)
+    peer = unreachable.answered("b", THEIRS, asked_at=START + 3, now=START + 3)
     assert peer.state is PeerState.ALIVE
     assert peer.sessions == 1
 
 
 def test_unreachable_answered_by_a_new_session_counts_it(unreachable: Membership) -> None:
-    peer = unreachable.answered("b", heard_of(session_id="10.0.0.2:15999"), START + 3)
+    peer = unreachable.answered("b", heard_of(session_id="10.0.0.2:15999"), asked_at=START + 3, now=START + 3)
     assert (peer.session_id, peer.sessions) == ("10.0.0.2:15999", 2)
 
 
 def test_unreachable_failed_stays_unreachable(unreachable: Membership) -> None:
-    peer = unreachable.failed("b", "no route", START + 3)
+    peer = unreachable.failed("b", "no route", asked_at=START + 33, now=START + 33)
     assert peer.state is PeerState.UNREACHABLE
     assert (peer.failures, peer.failing_since, peer.error) == (FAILURES_MAX + 1, START + 1, "no route")
 
@@ -200,18 +239,18 @@ def test_unreachable_stays_so_as_time_passes(unreachable: Membership) -> None:
 
 
 def test_alive_answered_by_a_new_session_counts_it(alive: Membership) -> None:
-    peer = alive.answered("b", heard_of(session_id="10.0.0.2:15999"), START + 1)
+    peer = alive.answered("b", heard_of(session_id="10.0.0.2:15999"), asked_at=START + 1, now=START + 1)
     assert (peer.session_id, peer.sessions) == ("10.0.0.2:15999", 2)
 
 
 def test_alive_answered_by_the_same_session_counts_nothing(alive: Membership) -> None:
-    assert alive.answered("b", THEIRS, START + 1).sessions == 1
+    assert alive.answered("b", THEIRS, asked_at=START + 1, now=START + 1).sessions == 1
 
 
 def test_alive_answered_without_a_session_keeps_the_last_one(alive: Membership) -> None:
-    peer = alive.answered("b", heard_of(session_id=""), START + 1)
+    peer = alive.answered("b", heard_of(session_id=""), asked_at=START + 1, now=START + 1)
     assert (peer.session_id, peer.sessions) == ("10.0.0.2:15002", 1)
-    assert alive.answered("b", THEIRS, START + 2).sessions == 1
+    assert alive.answered("b", THEIRS, asked_at=START + 2, now=START + 2).sessions == 1
 
 
 # -- conflicts -------------------------------------------------------------------------------------------------
@@ -224,40 +263,41 @@ def test_alive_answered_without_a_session_keeps_the_last_one(alive: Membership) 
         ({"node_id": "a"}, "http://host-b:8470 answers as node 'a', not 'b': correct `--peer b=URL`"),
         ({"model": "kimi"}, "model 'kimi' differs from ours, 'qwen': give both nodes the same `--model`"),
         ({"namespace": "dev"}, "namespace 'dev' differs from ours, 'prod': give both nodes the same `--namespace`"),
+        ({"content_digest": "f3" * 16}, "content f3f3f3f3f3f3… differs from ours, c1c1c1c1c1c1…"),
         ({"manifest_digest": OTHER_DIGEST}, "manifest digest e2e2e2e2e2e2… differs from ours, d1d1d1d1d1d1…"),
     ],
 )
 def test_alive_answered_otherwise_stays_listed_with_the_reason(
     alive: Membership, changes: dict[str, str], says: str
 ) -> None:
-    peer = alive.answered("b", heard_of(**changes), START + 1)
+    peer = alive.answered("b", heard_of(**changes), asked_at=START + 1, now=START + 1)
     assert alive.peers() == [peer]
     assert peer.state is PeerState.ALIVE
     assert says in (peer.conflict or "")
 
 
 def test_a_conflict_ends_with_the_next_right_answer(alive: Membership) -> None:
-    alive.answered("b", heard_of(model="kimi"), START + 1)
-    assert alive.answered("b", THEIRS, START + 2).conflict is None
+    alive.answered("b", heard_of(model="kimi"), asked_at=START + 1, now=START + 1)
+    assert alive.answered("b", THEIRS, asked_at=START + 2, now=START + 2).conflict is None
 
 
 def test_a_conflict_stays_visible_while_the_peer_fails(alive: Membership) -> None:
-    alive.answered("b", heard_of(model="kimi"), START + 1)
-    assert "kimi" in (alive.failed("b", "timeout", START + 2).conflict or "")
+    alive.answered("b", heard_of(model="kimi"), asked_at=START + 1, now=START + 1)
+    assert "kimi" in (alive.failed("b", "timeout", asked_at=START + 2, now=START + 2).conflict or "")
 
 
 def test_the_session_of_another_node_is_not_the_peers(alive: Membership) -> None:
-    peer = alive.answered("b", heard_of(node_id="c", session_id="10.0.0.3:15003"), START + 1)
+    peer = alive.answered("b", heard_of(node_id="c", session_id="10.0.0.3:15003"), asked_at=START + 1, now=START + 1)
     assert (peer.session_id, peer.sessions) == ("10.0.0.2:15002", 1)
 
 
 def test_a_peer_without_a_manifest_is_no_conflict(alive: Membership) -> None:
-    assert alive.answered("b", heard_of(manifest_digest=None), START + 1).conflict is None
+    assert alive.answered("b", heard_of(manifest_digest=None), asked_at=START + 1, now=START + 1).conflict is None
 
 
 def test_a_conflict_follows_our_own_manifest() -> None:
     members = Membership({"b": "http://host-b:8470"}, model="qwen", namespace="prod")
-    assert members.answered("b", THEIRS, START).conflict is None
+    assert members.answered("b", THEIRS, asked_at=START, now=START).conflict is None
     members.use_manifest(OTHER_DIGEST)
     assert "differs from ours, e2e2" in (members.peer("b").conflict or "")
     members.use_manifest(DIGEST)
@@ -269,7 +309,7 @@ def test_a_conflict_follows_our_own_manifest() -> None:
 
 def test_another_placement_is_warned_of_and_no_conflict(alive: Membership) -> None:
     assert alive.peer("b").warning is None
-    peer = alive.answered("b", heard_of(placement_digest="p2", replicas=1), START + 1)
+    peer = alive.answered("b", heard_of(placement_digest="p2", replicas=1), asked_at=START + 1, now=START + 1)
     assert "with 1 replicas: give all nodes the same `--replicas`" in (peer.warning or "")
     assert peer.conflict is None
 
@@ -278,7 +318,7 @@ def test_another_placement_is_warned_of_and_no_conflict(alive: Membership) -> No
 def test_placement_is_not_warned_of_before_it_is_known_or_beside_a_conflict(
     alive: Membership, changes: dict[str, Any]
 ) -> None:
-    assert alive.answered("b", heard_of(**changes), START + 1).warning is None
+    assert alive.answered("b", heard_of(**changes), asked_at=START + 1, now=START + 1).warning is None
 
 
 # -- reports ---------------------------------------------------------------------------------------------------
@@ -323,27 +363,27 @@ def test_peers_are_listed_in_order_of_name() -> None:
 def test_events_of_one_peer_leave_the_others_alone() -> None:
     members = members_of("b", "c")
     before = members.peer("c")
-    members.answered("b", THEIRS, START)
-    members.failed("b", "timeout", START)
+    members.answered("b", THEIRS, asked_at=START, now=START)
+    members.failed("b", "timeout", asked_at=START, now=START)
     assert members.peer("c") == before
 
 
 def test_without_a_time_peers_are_seen_as_of_the_last_event() -> None:
     members = members_of("b", "c")
-    members.answered("b", THEIRS, START)
-    members.answered("c", heard_of(node_id="c"), START + SUSPECT_AFTER_S)
+    members.answered("b", THEIRS, asked_at=START, now=START)
+    members.answered("c", heard_of(node_id="c"), asked_at=START + SUSPECT_AFTER_S, now=START + SUSPECT_AFTER_S)
     assert [peer.state for peer in members.peers()] == [PeerState.SUSPECT, PeerState.ALIVE]
     assert [peer.state for peer in members.peers(START + 1)] == [PeerState.ALIVE, PeerState.ALIVE]
 
 
 def test_a_long_error_is_cut(unheard: Membership) -> None:
-    assert len(unheard.failed("b", "x" * 3333, START).error or "") == ERROR_CHARS_MAX
+    assert len(unheard.failed("b", "x" * 3333, asked_at=START, now=START).error or "") == ERROR_CHARS_MAX
 
 
 def test_an_unknown_node_is_refused(unheard: Membership) -> None:
     for event in (
-        lambda: unheard.answered("z", THEIRS, START),
-        lambda: unheard.failed("z", "timeout", START),
+        lambda: unheard.answered("z", THEIRS, asked_at=START, now=START),
+        lambda: unheard.failed("z", "timeout", asked_at=START, now=START),
         lambda: unheard.peer("z"),
     ):
         with pytest.raises(InvalidInput, match="'z' is not among the peers: b"):
@@ -364,10 +404,10 @@ def test_after_any_history_the_state_follows_the_last_events(events: list[str]) 
     for event in events:
         now += 6
         if event == "answered":
-            members.answered("b", THEIRS, now)
+            members.answered("b", THEIRS, asked_at=now, now=now)
             failing, silent_since = [], now
         elif event == "failed":
-            members.failed("b", "timeout", now)
+            members.failed("b", "timeout", asked_at=now, now=now)
             failing.append(now)
     if failing:
         given_up = len(failing) >= FAILURES_MAX or now - failing[0] >= UNREACHABLE_AFTER_S

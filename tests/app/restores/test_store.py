@@ -19,6 +19,7 @@ from app.errors import Conflict, LimitReached, NotFound, PeerFailed, Unavailable
 from app.node.node import Node
 from app.restores import store as restores_module
 from app.restores.store import ALL_KINDS, LocalRestore, RestoreStore
+from app.restores.worker import QUEUED_MAX
 from shm.errors import InvalidInput
 from transfer.progress import RestoreState
 
@@ -128,7 +129,7 @@ def test_cancelling_one_that_is_over_changes_nothing(store: RestoreStore) -> Non
 def test_more_than_the_queue_holds_is_refused(live: Any, store: RestoreStore, brake: Brake) -> None:
     store.submit(REQUEST)
     brake.wait()
-    for _ in range(restores_module.QUEUED_MAX):
+    for _ in range(QUEUED_MAX):
         store.submit(REQUEST)
     with pytest.raises(LimitReached):
         store.submit(REQUEST)
@@ -181,16 +182,16 @@ def test_a_node_without_a_manifest_says_why_it_cannot(live_node: Callable[..., A
 def test_a_restore_that_is_over_keeps_no_memory_of_a_segment_that_is_given_up(store: RestoreStore, live: Any) -> None:
     node = live.context.node
     done = ended(store, store.submit(REQUEST).id)
-    assert mapped(node) == [node.name.object_name]
-    node.renew()
-    assert mapped(node) == [], "the new one is empty, and the old one would be held twice over"
+    assert mapped(node) == {node.name.object_name}
+    node.start_over(node.holding.disk)
+    assert mapped(node) == {node.name.object_name}, "the new one; the old one would be held twice over"
     assert store.get(done.id).document() == done
 
 
-def mapped(node: Node) -> list[str]:
+def mapped(node: Node) -> set[str]:
     """Shared-memory objects of the node's name that this process has mapped, given up or not."""
     lines = Path("/proc/self/maps").read_text().splitlines()
-    return [line.partition("/dev/shm/")[2] for line in lines if node.name.object_name in line]
+    return {line.partition("/dev/shm/")[2] for line in lines if node.name.object_name in line}
 
 
 # -- keys and memory -------------------------------------------------------------------------------------------
@@ -404,7 +405,7 @@ def test_nothing_is_sent_to_an_address_that_answers_as_another_node(
     """It would send it on; if that is us, without end."""
     report = {"node_id": "n", "model": "moe", "namespace": "x", "state": "ready"}
     peer.answers["GET /v1/node"] = 200, orjson.dumps(report)
-    asking._node.cluster.refresh()
+    asking._node.look()
     with pytest.raises(Unavailable, match="answers as node 'n'"):
         asking.submit(AT_P)
     assert "POST /v1/restores" not in peer.asked

@@ -461,7 +461,7 @@ def test_slots_in_too_many_ranges_are_filled_by_way_of_host_buffers(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mooncake takes time that grows with the square of the ranges: five minutes for one tensor each of DeepSeek-V3."""
-    monkeypatch.setattr("transfer.engine.RANGES_MAX", 2)
+    monkeypatch.setattr("transfer.engine.protocol.RANGES_MAX", 2)
     nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=1)
     rank = Rank(tiny_qwen3_moe, "qwen")
     with Restorer(nodes.urls[0]) as restorer:

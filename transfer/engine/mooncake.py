@@ -1,4 +1,4 @@
-"""What Hotspare needs of a transfer engine, and Mooncake's. The only place that imports mooncake.
+"""Mooncake's transfer engine. The only place that imports mooncake.
 
 Mooncake answers in return codes; none leaves this file. It reads its environment variables when an engine starts, so
 the defaults below are set before the import, and yield to what the user has set.
@@ -10,15 +10,11 @@ import importlib
 import os
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
+from transfer.engine.protocol import TRANSFER_TIMEOUT_S, Copy, pieces, pieces_to_register, within_pieces
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
 
-REGISTER_PIECE_NBYTES = 1 << 30  # larger RDMA regions were once truncated without a word
-RANGES_MAX = 8192  # in one go: registering takes 0.25 s for 4,000, 4 s for 8,000, and 5 minutes for 89,000
-ITEMS_PER_BATCH_MAX = 1024  # over TCP a batch of 2,048 passes and one of 3,000 is refused
-BATCH_NBYTES_MAX = 128 << 20
-TRANSFER_TIMEOUT_S = 10  # a stopped peer is given up after this; Mooncake's own default is 30
 TCP_IO_THREADS_MAX = 8  # 16 cores: 22 GB/s with 8, 12 with 4, 3 by default
 TCP_LANES_PER_PEER = 8
 # Mooncake's own wait spins on a core, which a small host then lacks to move the bytes: asking now and then
@@ -27,44 +23,6 @@ POLL_INTERVAL_S = 0.0005
 TIMED_OUT = -2  # what `transfer_check_status` calls a copy that the transport gave up on; 0 is under way, 1 done
 
 EXTRAS = "`pip install 'hotspare[cpu]'`, `[cuda12]` or `[cuda13]`"
-
-
-class Copy(NamedTuple):
-    """`nbytes` bytes from address `source` to address `destination`; which side is remote, the verb says."""
-
-    destination: int
-    source: int
-    nbytes: int
-
-
-class TransferEngine(Protocol):
-    """Moves bytes between registered memory of two processes. Every call may block; none holds the GIL for long."""
-
-    @property
-    def session_id(self) -> str:
-        """What a peer calls this engine: `host:port`. A restarted process has another."""
-        ...
-
-    def register(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Open (address, nbytes) ranges to transfers, both as source and as destination. Raises EngineRefused."""
-        ...
-
-    def unregister(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Close ranges that `register` opened. Raises EngineRefused."""
-        ...
-
-    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
-        """Copy from the peer's memory into ours. All or nothing: raises TransferFailed."""
-        ...
-
-    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
-        """Copy from our memory into the peer's. All or nothing: raises TransferFailed."""
-        ...
-
-
-def session_host(session_id: str) -> str:
-    """The host in a session id, an IPv6 address without its brackets; empty for what is none."""
-    return session_id.rpartition(":")[0].strip("[]")
 
 
 def set_defaults(transport: str) -> None:
@@ -81,33 +39,6 @@ def set_defaults(transport: str) -> None:
         defaults["MC_FORCE_TCP"] = "1"  # with RDMA cards present, "tcp" alone still picks RDMA
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-
-
-def pieces(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Cut (address, nbytes) ranges at addresses that are multiples of REGISTER_PIECE_NBYTES.
-
-    Mooncake refuses a copy that is not within one registered region (over TCP, 0.3.13, "not within any registered
-    buffer"). With cuts at fixed addresses, the other side knows where they are without being told.
-    """
-    step = REGISTER_PIECE_NBYTES
-    return [
-        (max(address, at), min(address + nbytes, at + step) - max(address, at))
-        for address, nbytes in ranges
-        if nbytes > 0
-        for at in range(address // step * step, address + nbytes, step)
-    ]
-
-
-def within_pieces(copies: Iterable[Copy]) -> list[Copy]:
-    """Cut copies so that each lies within one registered piece on both sides; see `pieces`."""
-    step = REGISTER_PIECE_NBYTES
-    cut: list[Copy] = []
-    for destination, source, nbytes in copies:
-        while nbytes > 0:
-            size = min(nbytes, step - destination % step, step - source % step)
-            cut.append(Copy(destination, source, size))
-            destination, source, nbytes = destination + size, source + size, nbytes - size
-    return cut
 
 
 class MooncakeEngine:
@@ -139,13 +70,7 @@ class MooncakeEngine:
 
     def register(self, ranges: Iterable[tuple[int, int]]) -> None:
         done: list[tuple[int, int]] = []
-        wanted = pieces(ranges)
-        if len(wanted) > RANGES_MAX:
-            raise EngineRefused(
-                f"{len(wanted):,} ranges of memory are too many to register, {RANGES_MAX:,} at most: keep experts in "
-                "fewer, larger tensors"
-            )
-        for piece in wanted:
+        for piece in pieces_to_register(ranges):
             # The batch call releases the GIL, the single one does not.
             code = self._engine.batch_register_memory([piece[0]], [piece[1]])
             if code:

@@ -1,0 +1,73 @@
+"""Upkeep: one test a thing seen. The state is what was tried, and when it is due again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from app.node.upkeep import KINDS, RETRY_INTERVAL_S, Seen, Task, Upkeep
+from shm.block import ExpertKey
+
+A, B = ExpertKey(3, 7), ExpertKey(4, 0)
+START = 1003.5
+EMPTY = Seen(has_manifest=False, can_begin=False, missing=(), damaged=(), sources="")
+COMPLETE = replace(EMPTY, has_manifest=True, can_begin=True)
+LACKING = replace(COMPLETE, missing=(A, B))
+
+
+@pytest.fixture
+def upkeep() -> Upkeep:
+    return Upkeep("auto")
+
+
+def test_complete_rests(upkeep: Upkeep) -> None:
+    assert upkeep.next(COMPLETE, START) is None
+
+
+def test_missing_is_brought_at_once(upkeep: Upkeep) -> None:
+    assert upkeep.next(LACKING, START) == Task((A, B), KINDS["auto"])
+
+
+def test_missing_after_a_try_rests_until_it_is_due(upkeep: Upkeep) -> None:
+    upkeep.next(LACKING, START)
+    assert upkeep.next(LACKING, START + RETRY_INTERVAL_S - 0.01) is None
+    assert upkeep.next(LACKING, START + RETRY_INTERVAL_S) == Task((A, B), KINDS["auto"])
+
+
+def test_missing_after_a_try_is_brought_when_peers_have_something_new(upkeep: Upkeep) -> None:
+    upkeep.next(LACKING, START)
+    assert upkeep.next(replace(LACKING, sources="p@2"), START + 0.5) is not None
+    assert upkeep.next(replace(LACKING, sources="p@2"), START + 1.0) is None
+
+
+def test_what_goes_missing_long_after_it_was_complete_is_brought(upkeep: Upkeep) -> None:
+    upkeep.next(LACKING, START)
+    assert upkeep.next(COMPLETE, START + 1) is None
+    assert upkeep.next(replace(LACKING, missing=(B,)), START + 333) == Task((B,), KINDS["auto"])
+
+
+def test_no_manifest_waits_for_a_peer_that_has_one(upkeep: Upkeep) -> None:
+    assert upkeep.next(EMPTY, START) is None
+    assert upkeep.next(replace(EMPTY, can_begin=True), START + 0.5) == Task(None, KINDS["auto"])
+
+
+@pytest.mark.parametrize("fill", ["auto", "disk", "peer"])
+def test_it_brings_from_where_it_was_told(fill: str) -> None:
+    task = Upkeep(fill).next(LACKING, START)
+    assert task is not None
+    assert task.kinds == KINDS[fill]
+
+
+def test_none_brings_nothing_that_was_never_here() -> None:
+    upkeep = Upkeep("none")
+    assert upkeep.next(replace(EMPTY, can_begin=True), START) is None
+    assert upkeep.next(LACKING, START) is None
+
+
+def test_none_brings_back_what_was_found_wrong_and_tries_again() -> None:
+    upkeep = Upkeep("none")
+    rotten = replace(LACKING, damaged=(B,))
+    assert upkeep.next(rotten, START) == Task((B,), KINDS["none"])
+    assert upkeep.next(rotten, START + 1) is None
+    assert upkeep.next(replace(rotten, sources="p@2"), START + 2) == Task((B,), KINDS["none"])

@@ -1,0 +1,353 @@
+"""What becomes of every block and every source of one restore. Pure: no thread, no byte moved, no clock of its own.
+
+Theory of operation. Whoever moves bytes asks `next` what to do now, does it, and tells what came of it: `moved`,
+`failed`, `verified`, `refused`, `published`, `ended`, `cancel`. After each of these `next` is asked again. Nothing is
+decided anywhere else, and nothing is decided ahead: which source serves a block is settled again whenever one of three
+things happens: the block's transfer failed, its bytes were wrong, or the source it waits for is doubted. Failure means
+"clear and ask again": the block is wanted as before, poorer by an offer, and there are no rounds to wait for.
+
+A block goes these ways, and no other; STEPS is the same as a table, and what is not in it raises.
+
+    WANTED ──started──▶ UNDER_WAY ──moved──▶ UNVERIFIED ──matched──▶ RIGHT ──published──▶ PUBLISHED
+      │ ▲                   │                  │  ▲  │                 │
+      │ └────── lost ───────┘                  │  │  └─early─▶ HELD_BACK: what it holds is right, but a transfer that
+      │ └─ wrong, refused ─────────────────────┴──┼────────────────────┘  was given up on may still write there
+      └─exhausted─▶ FAILED                        └─quiet── HELD_BACK: that transfer has ended, so look once more
+
+A source is asked for the blocks whose nearest offer it is; sources that are equally near share them by bytes. How a
+source comes to be doubted or given up is in `transfer.standing`.
+
+A doubted source is left aside while others can serve. What nobody else has it is asked for again, one batch at a time
+with pauses in between, for a failure may pass. One that is given up is asked for nothing. A block may ask each source
+OFFER_TRIES_MAX times, the second time alone, and of a source that gave it wrong bytes or timed out never again: so
+every restore ends. A transfer that timed out is *outstanding* until somebody who knows says that it has `ended`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from transfer.errors import TransferFailed, told
+from transfer.plan import Batch, Offer, Want
+from transfer.standing import Party, Record, Standing
+
+LANES_MAX = 32  # batches under way at a time, over all sources
+OFFER_TRIES_MAX = 2  # of one block at one source
+REASONS_MAX = 4  # remembered for each block
+LATE = "spoiled by late bytes of a peer that had timed out"
+NOBODY = "no source that was allowed and could be reached has it"
+
+
+class Stage(StrEnum):
+    """How far a block is."""
+
+    WANTED = "wanted"
+    UNDER_WAY = "under way"
+    UNVERIFIED = "unverified"
+    RIGHT = "right"
+    HELD_BACK = "held back"
+    PUBLISHED = "published"
+    FAILED = "failed"
+
+
+class Event(StrEnum):
+    """What can happen to a block."""
+
+    STARTED = "started"
+    EXHAUSTED = "exhausted"
+    MOVED = "moved"
+    LOST = "lost"
+    MATCHED = "matched"
+    EARLY = "early"
+    WRONG = "wrong"
+    REFUSED = "refused"
+    PUBLISHED = "published"
+    QUIET = "quiet"
+
+
+STEPS: Mapping[tuple[Stage, Event], Stage] = {
+    (Stage.WANTED, Event.STARTED): Stage.UNDER_WAY,
+    (Stage.WANTED, Event.EXHAUSTED): Stage.FAILED,
+    (Stage.UNDER_WAY, Event.MOVED): Stage.UNVERIFIED,
+    (Stage.UNDER_WAY, Event.LOST): Stage.WANTED,
+    (Stage.UNVERIFIED, Event.MATCHED): Stage.RIGHT,
+    (Stage.UNVERIFIED, Event.EARLY): Stage.HELD_BACK,
+    (Stage.UNVERIFIED, Event.WRONG): Stage.WANTED,
+    (Stage.UNVERIFIED, Event.REFUSED): Stage.WANTED,
+    (Stage.RIGHT, Event.PUBLISHED): Stage.PUBLISHED,
+    (Stage.RIGHT, Event.REFUSED): Stage.WANTED,
+    (Stage.HELD_BACK, Event.QUIET): Stage.UNVERIFIED,
+}
+BUSY = (Stage.UNDER_WAY, Stage.UNVERIFIED, Stage.RIGHT)
+
+
+class Arrived(NamedTuple):
+    """A block whose bytes are at their destination. `checksum` is the one that was verified, if it was."""
+
+    want: Want
+    source: Hashable
+    checksum: bytes | None
+
+
+class Orders(NamedTuple):
+    """What to do now, all of it. With `wait_s`, ask again after that many seconds even if nothing happened."""
+
+    move: tuple[Batch, ...]
+    verify: tuple[Arrived, ...]
+    publish: tuple[Arrived, ...]
+    wait_s: float | None
+
+
+@dataclass(slots=True)
+class _Block:
+    want: Want
+    offers: list[Offer]
+    stage: Stage = Stage.WANTED
+    source: Hashable = None
+    """Whom it waits for, or whose bytes it has."""
+    checksum: bytes | None = None
+    """That was verified while it is RIGHT or HELD_BACK, and at the look that follows."""
+    tried: list[Hashable] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def give_reason(self, reason: str) -> None:
+        if len(self.reasons) < REASONS_MAX and reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def try_again_or_close(self, source: Hashable) -> None:
+        """It was tried there in vain: it may be tried again, but not for ever."""
+        self.tried.append(source)
+        if self.tried.count(source) >= OFFER_TRIES_MAX:
+            self.close(source)
+
+    def close(self, source: Hashable) -> None:
+        self.offers = [offer for offer in self.offers if offer.source != source]
+
+
+class Ledger:
+    """The blocks and sources of one restore. Not thread-safe: one lock around each call will do."""
+
+    def __init__(
+        self, wants: Iterable[Want], offers: Mapping[int, Sequence[Offer]], parties: Mapping[Hashable, Party]
+    ) -> None:
+        """`offers` by manifest row; each names its source by a key of `parties`."""
+        self._blocks = {want.row: _Block(want, list(offers.get(want.row, ()))) for want in wants}
+        self._sources = {key: Record(key, party) for key, party in parties.items()}
+        self._count = Counter({Stage.WANTED: len(self._blocks)})
+        self._unassigned = list(self._blocks)
+        self._to_verify: list[int] = []
+        self._to_publish: list[int] = []
+        self._outstanding: list[Batch] = []
+        self._touched: Counter[int] = Counter()
+        self.is_cancelled = False
+
+    # -- what to do ------------------------------------------------------------------------------------------
+
+    def next(self, now: float) -> Orders:
+        """All that can be done now and was not ordered before. `now` in seconds of a clock that never jumps."""
+        if not self.is_cancelled:
+            self._assign()
+        move = () if self.is_cancelled else tuple(self._start(now))
+        verify, self._to_verify = self._to_verify, []
+        publish, self._to_publish = self._to_publish, []
+        return Orders(move, self._arrived(verify), self._arrived(publish), self._wait_s(now))
+
+    def _assign(self) -> None:
+        """Have each block that waits for nobody wait for a source, or fail it if there is none left.
+
+        Blocks with the fewest offers go first: those with a choice then even out what those without have left uneven.
+        """
+        rows, self._unassigned = self._unassigned, []
+        for row in sorted(rows, key=lambda row: len(self._blocks[row].offers)):
+            block = self._blocks[row]
+            offer = self._choose(block)
+            if offer is None:
+                self._step(block, Event.EXHAUSTED)
+                continue
+            block.source = offer.source
+            is_again = offer.source in block.tried
+            self._sources[offer.source].queue.put(block.want, offer.address, is_again=is_again)
+
+    def _choose(self, block: _Block) -> Offer | None:
+        """Of the offers that are open: first one not doubted, then not tried, nearest, least loaded."""
+
+        def cost(offer: Offer) -> tuple[bool, bool, int, int]:
+            source = self._sources[offer.source]
+            is_doubted = source.standing is Standing.DOUBTED
+            return is_doubted, offer.source in block.tried, source.party.tier, source.load_nbytes
+
+        offers = [o for o in block.offers if not self._sources[o.source].is_given_up]
+        return min(offers, key=cost) if len(offers) > 1 else offers[0] if offers else None
+
+    def _start(self, now: float) -> Iterable[Batch]:
+        free = LANES_MAX - sum(len(source.under_way) for source in self._sources.values())
+        ready = [s for s in self._sources.values() if s.has_room and not s.pause_s(now)]
+        while ready and free > 0:
+            source = min(ready, key=lambda s: len(s.under_way))
+            batch = source.queue.cut(source.key, source.party.limits)
+            source.under_way[batch] = now
+            source.moving_nbytes += batch.nbytes
+            for want in batch.wants:
+                self._step(self._blocks[want.row], Event.STARTED)
+            yield batch
+            free -= 1
+            ready = [s for s in ready if s.has_room]
+
+    def _arrived(self, rows: Iterable[int]) -> tuple[Arrived, ...]:
+        return tuple(Arrived(b.want, b.source, b.checksum) for b in map(self._blocks.__getitem__, rows))
+
+    def _wait_s(self, now: float) -> float | None:
+        if self.is_cancelled:
+            return None
+        pauses = (s.pause_s(now) for s in self._sources.values() if s.has_room)
+        return min((pause for pause in pauses if pause), default=None)
+
+    # -- what happened ---------------------------------------------------------------------------------------
+
+    def moved(self, batch: Batch, checksums: Mapping[int, bytes]) -> None:
+        """The batch's bytes are in place, with the checksums that were taken on the way, by row."""
+        source = self._end(batch)
+        source.failures = 0
+        for want in batch.wants:
+            self._step(self._blocks[want.row], Event.MOVED)
+            if want.row in checksums:
+                self.verified(want.row, checksums[want.row])
+            else:
+                self._to_verify.append(want.row)
+
+    def failed(self, batch: Batch, error: Exception, now: float) -> None:
+        """The batch did not come, and any of its destinations may be half-written; if it timed out, also later."""
+        started = self._sources[batch.source].under_way[batch]
+        source = self._end(batch)
+        before = source.standing
+        source.note_failure(started, now)
+        timed_out = isinstance(error, TransferFailed) and error.timed_out
+        if timed_out:
+            self._outstanding.append(batch)
+            self._touched.update(want.row for want in batch.wants)
+        for want in batch.wants:
+            block = self._blocks[want.row]
+            block.give_reason(f"{source.party.name}: {told(error)}")
+            block.close(source.key) if timed_out else block.try_again_or_close(source.key)
+            self._want_again(block, Event.LOST)
+        if source.standing is not before:
+            self._reassign(source)
+
+    def verified(self, row: int, checksum: bytes) -> None:
+        """A block that is in place has this checksum."""
+        block = self._blocks[row]
+        expected = block.checksum or block.want.checksum
+        if expected is not None and checksum != expected:
+            reason = LATE if block.checksum is not None else f"checksum {checksum.hex()} instead of {expected.hex()}"
+            self._turn_down(block, Event.WRONG, reason)
+            return
+        self._step(block, Event.EARLY if self._touched[row] else Event.MATCHED)
+        block.checksum = checksum
+        if block.stage is Stage.RIGHT:
+            self._to_publish.append(row)
+
+    def refused(self, row: int, reason: str) -> None:
+        """A block that is in place could not be verified, or not be published."""
+        self._turn_down(self._blocks[row], Event.REFUSED, reason)
+
+    def _turn_down(self, block: _Block, event: Event, reason: str) -> None:
+        """It is wanted again, from another source; if it was right once, it may come from the same one once more."""
+        block.give_reason(f"{self._sources[block.source].party.name}: {reason}")
+        was_right, block.checksum = block.checksum is not None, None
+        block.try_again_or_close(block.source) if was_right else block.close(block.source)
+        self._want_again(block, event)
+
+    def published(self, row: int) -> None:
+        self._step(self._blocks[row], Event.PUBLISHED)
+
+    def ended(self, batch: Batch) -> None:
+        """An outstanding transfer can write no more: what was held back for it may be looked at once more."""
+        self._outstanding.remove(batch)
+        self._touched.subtract(want.row for want in batch.wants)
+        for row in (want.row for want in batch.wants):
+            if self._blocks[row].stage is Stage.HELD_BACK and not self._touched[row]:
+                self._step(self._blocks[row], Event.QUIET)
+                self._to_verify.append(row)
+
+    def cancel(self) -> None:
+        """Start nothing more. What is under way goes on to its end."""
+        self.is_cancelled = True
+
+    # -- how it stands ---------------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is to be done, or being done."""
+        is_wanting = self._count[Stage.WANTED] and not self.is_cancelled
+        return bool(is_wanting or any(self._count[stage] for stage in BUSY))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do, or to wait for."""
+        return not self.is_busy and not self._count[Stage.HELD_BACK]
+
+    @property
+    def waits_for(self) -> tuple[Batch, ...]:
+        """Once nothing else is left: the outstanding transfers that blocks are held back for."""
+        if self.is_busy:
+            return ()
+        held = {row for row, block in self._blocks.items() if block.stage is Stage.HELD_BACK}
+        return tuple(b for b in self._outstanding if any(want.row in held for want in b.wants))
+
+    @property
+    def outstanding(self) -> tuple[Batch, ...]:
+        """The transfers that were given up on, and may still write to the destinations in their copies."""
+        return tuple(self._outstanding)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._count[Stage.PUBLISHED] == len(self._blocks)
+
+    @property
+    def failures(self) -> dict[int, str]:
+        """The rows that could not be had, ascending, and what each source said."""
+        failed = sorted(row for row, block in self._blocks.items() if block.stage is Stage.FAILED)
+        return {row: "; ".join(self._blocks[row].reasons) or NOBODY for row in failed}
+
+    def stage(self, row: int) -> Stage:
+        return self._blocks[row].stage
+
+    def standing(self, source: Hashable) -> Standing:
+        return self._sources[source].standing
+
+    # -- stepping --------------------------------------------------------------------------------------------
+
+    def _step(self, block: _Block, event: Event) -> None:
+        before = block.stage
+        after = STEPS.get((before, event))
+        if after is None:
+            raise RuntimeError(f"block {block.want.row} is {before}: it cannot be {event}")
+        self._count[before] -= 1
+        self._count[after] += 1
+        block.stage = after
+        if Stage.UNVERIFIED in (before, after):
+            sign = 1 if after is Stage.UNVERIFIED else -1
+            self._sources[block.source].unverified_nbytes += sign * block.want.nbytes
+
+    def _want_again(self, block: _Block, event: Event) -> None:
+        self._step(block, event)
+        self._unassigned.append(block.want.row)
+
+    def _end(self, batch: Batch) -> Record:
+        source = self._sources[batch.source]
+        del source.under_way[batch]
+        source.moving_nbytes -= batch.nbytes
+        return source
+
+    def _reassign(self, source: Record) -> None:
+        """Send away who waits for a source that is doubted, or given up; who has no other comes back."""
+        self._unassigned += source.queue.clear()
+        if source.is_given_up:
+            reason = f"{source.party.name}: given up after {source.failures} failures"
+            for row in self._unassigned:
+                if any(offer.source == source.key for offer in self._blocks[row].offers):
+                    self._blocks[row].give_reason(reason)
