@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MUTATIONS = Path(__file__).with_name("mutations.toml")
 TEST_TIMEOUT_S = 90  # of one test: broken code may wait for what never comes
 RUN_TIMEOUT_S = 1200  # of one run of pytest
+FIRST_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 GREEN, RED = 0, 1  # pytest's exit codes; any other means that nothing was proved
 
 
@@ -135,7 +136,9 @@ def run_tests(checkout: Path, tests: Sequence[str]) -> str:
         raise Unusable(f"could not run: no end within {RUN_TIMEOUT_S} s") from None
     if done.returncode == GREEN:
         return ""
-    if done.returncode == RED and (failed := re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)):
+    if done.returncode == RED and (
+        failed := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    ):
         return failed[1]
     raise Unusable(f"could not run: pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
 

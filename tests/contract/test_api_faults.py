@@ -127,6 +127,20 @@ def test_readiness_names_each_check_until_all_hold(
     assert after.checks == dict.fromkeys(CHECKS, True)
 
 
+@pytest.mark.parametrize("scope", ["node", "cluster"])
+def test_a_map_that_has_changed_is_sent_again(
+    serve: Serve, free_port: Callable[[], int], moe_checkpoint: Path, scope: str
+) -> None:
+    node = serve("a", ports_of(free_port, "a"), checkpoint=moe_checkpoint, fill="none").wait_live()
+    path = f"/v1/shard-map?scope={scope}&layer=3"
+    empty = node.ask("GET", path)
+    assert node.ask("GET", path, headers={"If-None-Match": empty.headers["etag"]}).status_code == 304
+    node.wait_restore(node.restore("a", experts=[{"layer": 3, "expert": 5}]))
+    again = node.ask("GET", path, headers={"If-None-Match": empty.headers["etag"]})
+    assert again.status_code == 200
+    assert [each["expert"] for each in again.json()["experts"]] == [5]
+
+
 @pytest.fixture(scope="module")
 def many_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSeek-V3's 14,848 blocks, of 3 KB each."""

@@ -242,6 +242,7 @@ KNOWN_ANSWER = "432030124314323444041214111001133411113"
 def test_the_digest_tells_inputs_apart() -> None:
     manifest, other = experts_of(2, 13), experts_of(2, 14)
     variants = [(manifest, names(3), 1), (manifest, names(3), 2), (manifest, names(4), 1), (other, names(3), 1)]
+    variants += [(manifest, ["a"], 1), (manifest, ["b"], 1)]  # all blocks on the one node there is, but not on the same
     assert len({Placement.compute(*variant).digest for variant in variants}) == len(variants)
 
 

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.errors import Conflict, LimitReached, NotFound
 from app.restores.consumers import CONSUMERS_MAX, ConsumerStore
+from app.restores.pushes import PUSHES_MAX
 from tests.processes import pause
 from transfer.push.table import FormCopy, PushTable, SlotBases
 
@@ -354,6 +355,8 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
         "pushed": [{"layer": 3, "expert": 1, "said": checksums[3, 1]}], "failed": [], "consumer_error": None,
     }  # fmt: skip
     assert rank.found() == (1, 5)
+    for _ in range(PUSHES_MAX):
+        assert push([good]).status_code == 200, "each gave its place back"
     _spoil(node.get("/v1/node")["segment"], layer=3, expert=1)
     assert "at the source" in push([good]).json()["failed"][0]["said"]
     wait_until(lambda: push([good]).json()["pushed"], "mended")
