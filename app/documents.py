@@ -312,6 +312,7 @@ class ConsumerDocument(Document):
     node_id: str = Field(description="The node it is registered with, which plans its restores.")
     session_id: str
     manifest_digest: str
+    epoch: int = Field(description="Of this registration: another one for each. Leases to write to it name it.")
     blocks: int = Field(description="Experts that have a slot.")
     slots: int
     ranges: int
@@ -324,6 +325,15 @@ class ConsumerDocument(Document):
 
 class Consumers(Document):
     consumers: list[ConsumerDocument]
+
+
+class LeaseRequest(Document):
+    epoch: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the registration that is to be written to.")]
+    push_id: Annotated[str, Field(min_length=1, max_length=64, pattern="^[!-~]+$")]
+
+
+class LeaseDocument(Document):
+    ttl_s: float = Field(description="For so long the push may write, from when it asked.")
 
 
 class WantedExpert(ExpertRef):
