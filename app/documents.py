@@ -14,7 +14,7 @@ from app.cluster.membership import PeerState
 from app.node.node import NodeState
 from shm.block import NBYTES_MAX
 from transfer.progress import RestoreState
-from transfer.push.sources import PUSH_BLOCKS_MAX
+from transfer.push.destination import PUSH_LIMITS
 from transfer.push.table import (
     ADDRESS_MAX,
     BASES_MAX,
@@ -321,7 +321,7 @@ class WantedExpert(ExpertRef):
 
 
 class PushRequest(PushTableDocument):
-    blocks: Annotated[list[WantedExpert], Field(min_length=1, max_length=PUSH_BLOCKS_MAX)]
+    blocks: Annotated[list[WantedExpert], Field(min_length=1, max_length=PUSH_LIMITS.items)]
     read_back: bool = False
 
 

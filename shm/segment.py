@@ -20,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from shm import posix
+from shm.block import HeldBlock
 from shm.errors import (
     BlockUnavailable,
     ManifestError,
@@ -284,6 +285,12 @@ class Segment:
 
     def published(self) -> npt.NDArray[np.int64]:
         return self.rows(BlockState.PUBLISHED)
+
+    def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
+        """Of these manifest rows those whose block is published here."""
+        states = self._table["state"]
+        here = [row for row in rows if row < len(states) and states[row] == BlockState.PUBLISHED]
+        return {row: HeldBlock(self.address(row), self.checksum(row)) for row in here}
 
     def fingerprint(self) -> str:
         """Of the block table, hex: another one whenever a block was published, hidden or given other content."""

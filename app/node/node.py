@@ -23,12 +23,13 @@ from functools import partial
 import numpy as np
 
 from app.cluster.cluster import Cluster
+from app.cluster.peers import PeerBlocks
 from app.cluster.placement import Int64s, Placement
 from app.cluster.prober import Prober
 from app.node.adoption import OwnCheckpoint, difference, is_content_of
 from app.node.destination import SegmentDestination
 from app.node.holding import NOTHING, Holding
-from app.node.offering import offer
+from app.node.offering import DISK, offer
 from app.settings import Settings
 from shm.block import ExpertKey
 from shm.errors import InvalidInput, ManifestError
@@ -37,10 +38,12 @@ from shm.manifest import Manifest
 from shm.segment import Segment
 from transfer.engine import MooncakeEngine, TransferEngine
 from transfer.errors import NothingToRestore
-from transfer.plan import Piece, Want
+from transfer.plan import Want
 from transfer.progress import Progress
 from transfer.restore import Restore
-from transfer.sources import SourceKind
+from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind, reading
+
+IN_PLACE = "in place"
 
 _log = logging.getLogger("hotspare.node")
 
@@ -197,14 +200,32 @@ class Node:
         if self.holding is None and (manifest := self._prober.fetch_manifest()) is not None:
             self.use_manifest(manifest)
             self._prober.look()
-        holding, engine = self._held(), self.engine
-        assert engine is not None
+        holding = self._held()
         rows = holding.rows_of(experts).tolist()
         checkpoint = self.checkpoint.serving(holding.manifest) if SourceKind.DISK in kinds else None
-        tiers, offers, expected = offer(holding, rows, self.cluster, engine, checkpoint, kinds)
-        wants = [_want(holding, row, expected.get(row)) for row in rows]
-        destination, keys = SegmentDestination(holding.segment), holding.manifest.keys
-        return Restore(wants, offers, tiers, destination, keys.__getitem__, progress, partial(self._settle, holding))
+        tiers, offered = offer(
+            holding,
+            rows,
+            self.cluster,
+            HostMemory(IN_PLACE, holding.segment, lanes=1),
+            self._reach if SourceKind.PEER in kinds else None,
+            None if checkpoint is None else Disk(DISK, lambda: checkpoint),
+        )
+        nbytes, keys = holding.manifest.nbytes, holding.manifest.keys
+        return Restore(
+            [Want(row, int(nbytes[row]), offered.expected.get(row)) for row in rows],
+            offered.by_row,
+            tiers,
+            SegmentDestination(holding.segment),
+            keys.__getitem__,
+            progress,
+            partial(self._settle, holding),
+            offered.reasons,
+        )
+
+    def _reach(self, node_id: str, held: PeerBlocks) -> PeerMemory:
+        assert self.engine is not None
+        return PeerMemory(node_id, reading(self.engine, held.session_id))
 
     def run(self, restore: Restore) -> None:
         """Run a planned restore to its end. What is complete then is sealed before the restore says it is over."""
@@ -261,8 +282,3 @@ class Node:
             segment.close()
         else:
             segment.unlink()
-
-
-def _want(holding: Holding, row: int, expected: bytes | None) -> Want:
-    nbytes = int(holding.manifest.nbytes[row])
-    return Want(row, nbytes, (Piece(holding.segment.address(row), 0, nbytes),), expected)

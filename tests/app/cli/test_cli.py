@@ -25,9 +25,9 @@ from shm.lookup import object_names
 from shm.segment import Segment
 from transfer import Restorer
 from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.reader import BlockReader
 from transfer.checkpoint.synth import write_checkpoint
 from transfer.slots import Slots
-from transfer.sources import DiskSource
 
 DEADLINE_S = 20
 MODEL = "org/cli-model"
@@ -121,7 +121,7 @@ def make_segment(checkpoint: Path, namespace: str, node: str = "node-a", *, seal
     segment = Segment.claim(SegmentName(namespace, MODEL, node))
     rows = range(len(opened.manifest))
     segment.allocate(opened.manifest, rows)
-    disk = DiskSource(opened)
+    disk = BlockReader(opened)
     for row in rows:
         segment.publish(row, disk.read_block(row, segment.block(row)))
         assert segment.checksum(row) == checksum(segment.block(row))

@@ -25,8 +25,8 @@ from shm.layout import SegmentName
 from shm.lookup import object_names
 from shm.segment import Segment
 from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.reader import BlockReader
 from transfer.checkpoint.synth import plan_checkpoint, write_checkpoint
-from transfer.sources import DiskSource
 
 DEADLINE_S = 60
 TINY = "0.02"
@@ -194,7 +194,7 @@ def test_the_comparison_sees_one_byte_a_lost_tensor_and_one_that_is_no_experts(t
     segment = Segment.claim(name)
     try:
         segment.allocate(opened.manifest, range(len(opened.manifest)))
-        disk = DiskSource(opened)
+        disk = BlockReader(opened)
         for row in range(len(opened.manifest)):
             segment.publish(row, disk.read_block(row, segment.block(row)))
         disk.close()

@@ -1,0 +1,70 @@
+"""A segment as where a restore puts blocks: what is found in it, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from app.node.destination import SegmentDestination
+from shm.checksum import checksum
+from shm.segment import Segment
+from transfer.destination import Resident
+from transfer.memory import view
+from transfer.plan import Want
+
+ROW = 3
+
+
+@pytest.fixture
+def segment(sealed: Callable[..., Segment]) -> Segment:
+    return sealed()
+
+
+def want(segment: Segment, expected: bytes | None = None) -> Want:
+    return Want(ROW, int(segment.manifest.nbytes[ROW]), expected or segment.checksum(ROW))
+
+
+def is_found(segment: Segment) -> bool:
+    return ROW in segment.published().tolist()
+
+
+@pytest.mark.parametrize("in_one_run", [False, True])
+def test_a_block_is_hidden_from_before_its_bytes_change_until_it_is_published(
+    segment: Segment, in_one_run: bool
+) -> None:
+    destination = SegmentDestination(segment)
+    for landing in destination.landings([want(segment)], in_one_run=in_one_run):
+        with landing as landed:
+            assert not is_found(segment)
+            ((piece,),) = landed.pieces.values()
+            assert (piece.destination, piece.offset) == (segment.address(ROW), 0)
+            view(piece.destination, piece.nbytes)[0] ^= 1
+            assert landed.settle({ROW: b"taken"}) == {ROW: b"taken"}
+    assert not is_found(segment)
+    found = destination.checksum(want(segment)._replace(checksum=None))
+    destination.publish(want(segment), found)
+    assert is_found(segment)
+    assert segment.checksum(ROW) == checksum(segment.block(ROW))
+
+
+def test_a_block_in_place_is_neither_hidden_nor_touched_unless_it_is_wrong(segment: Segment) -> None:
+    destination, wanted = SegmentDestination(segment), want(segment)
+    before = bytes(segment.block(ROW))
+    assert destination.take([Resident(wanted, segment.address(ROW), segment.checksum(ROW), ())]) == {}
+    assert destination.checksum(wanted) == wanted.checksum
+    assert is_found(segment)
+    assert bytes(segment.block(ROW)) == before
+    segment.block(ROW)[7] ^= 1
+    assert destination.checksum(wanted) != wanted.checksum
+    assert not is_found(segment)
+    assert segment.checksum(ROW) == wanted.checksum, "what it should be stays on record"
+
+
+def test_a_block_that_lies_elsewhere_in_this_host_is_copied_hidden(segment: Segment) -> None:
+    other = np.random.default_rng(3).integers(0, 256, int(segment.manifest.nbytes[ROW]), np.uint8)
+    resident = Resident(want(segment), int(other.ctypes.data), b"", ())
+    assert SegmentDestination(segment).take([resident]) == {}
+    assert not is_found(segment)
+    assert bytes(segment.block(ROW)) == other.tobytes()
