@@ -8,6 +8,7 @@ the bus checks every packet and repeats a broken one, and GPU memory corrects it
 
 from __future__ import annotations
 
+import ctypes
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from shm.checksum import checksum
 from transfer.cuda.checksum import DeviceChecksums, Workspace
 from transfer.cuda.driver import Cuda, Stream
 from transfer.errors import TransferFailed
-from transfer.memory import view
-from transfer.slots.host import UNEQUAL
+from transfer.memory import address_of, view
+from transfer.slots.copies import holds_copies, within
+from transfer.slots.host import agreed
 from transfer.slots.staging import Staging
 from transfer.slots.table import Copies, SlotTable
 
@@ -83,24 +85,44 @@ class DeviceSlots:
             nbytes = self._table.manifest.nbytes
             return {row: checksum(view(address, int(nbytes[row]))) for row, address in blocks}
 
-    def check(self, row: int) -> bytes:
+    def check(self, rows: Sequence[int]) -> dict[int, bytes]:
         """On the device, or else back over the bus, through staging."""
-        if self._checksums is not None:
-            with self._lane() as lane:
-                assert lane.workspace is not None
-                return self._checksums.take([row], lane.workspace, lane.stream)[row]
-        nbytes = int(self._table.manifest.nbytes[row])
-        copies, seen = self._table.copies(row), set()
-        with self._staging.take() as buffer:
-            block = view(buffer.address, nbytes)
-            for slot in range(int(copies["slot"].max()) + 1):
-                block[:] = bytes(nbytes)  # alignment between tensors is zeros
-                chosen = copies[copies["slot"] == slot]
-                with self._lane() as lane:
-                    to = chosen["block_offset"] + buffer.address
-                    self._copy("to_host", chosen, to, chosen["address"], lane.stream)
+        if self._checksums is None:
+            return {row: self._check_on_host(row) for row in rows}
+        with self._lane() as lane:
+            assert lane.workspace is not None
+            return self._checksums.take(rows, lane.workspace, lane.stream)
+
+    def _check_on_host(self, row: int) -> bytes:
+        seen = set()
+        for slot in range(self._table.slot_count(row)):
+            with self._gathered(row, slot) as block:
                 seen.add(checksum(block))
-        return seen.pop() if len(seen) == 1 else UNEQUAL
+        return agreed(seen)
+
+    def holds(self, row: int, address: int) -> bool:
+        right = view(address, int(self._table.manifest.nbytes[row]))
+        for slot, copies in enumerate(self._table.by_slot(row)):
+            with self._gathered(row, slot) as block:
+                if not holds_copies(right, within(copies, address_of(block))):
+                    return False
+        return True
+
+    def gather(self, row: int, slot: int) -> bytearray:
+        with self._gathered(row, slot) as block:
+            return bytearray(block)
+
+    @contextmanager
+    def _gathered(self, row: int, slot: int) -> Iterator[memoryview]:
+        """What one slot has of a block, in a host buffer and at its place there; all else is zeros, as in a block."""
+        nbytes = int(self._table.manifest.nbytes[row])
+        copies = self._table.copies(row)
+        copies = copies[copies["slot"] == slot]
+        with self._staging.take() as buffer:
+            ctypes.memset(buffer.address, 0, nbytes)
+            with self._lane() as lane:
+                self._copy("to_host", copies, copies["block_offset"] + buffer.address, copies["address"], lane.stream)
+            yield view(buffer.address, nbytes)
 
     def spread(self, row: int) -> None:
         with self._lane() as lane:
@@ -109,7 +131,7 @@ class DeviceSlots:
     def _spread(self, row: int, stream: Stream) -> None:
         copies = self._table.copies(row)
         first = copies[copies["slot"] == 0]
-        for slot in range(1, int(copies["slot"].max()) + 1):
+        for slot in range(1, self._table.slot_count(row)):
             sibling = copies[copies["slot"] == slot]
             self._copy("within", sibling, sibling["address"], first["address"], stream)
 

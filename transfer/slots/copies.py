@@ -98,6 +98,11 @@ def holds_copies(block: Any, copies: Sequence[SlotCopy]) -> bool:
     return same
 
 
+def within(copies: Iterable[SlotCopy], base: int) -> list[SlotCopy]:
+    """The same runs where they lie in a whole block at `base`, in place of a slot."""
+    return [c._replace(address=base + c.block_offset, address_pitch=c.block_pitch) for c in copies]
+
+
 def _address_of(block: Any, copies: Sequence[SlotCopy]) -> tuple[int, npt.NDArray[np.uint8]]:
     held = np.frombuffer(block, np.uint8)
     end = max((c.block_offset + (c.rows - 1) * c.block_pitch + c.run_nbytes for c in copies), default=0)

@@ -89,7 +89,7 @@ class SlotDestination:
     def _spread(self, rows: Sequence[int], taken: Mapping[int, bytes]) -> Mapping[int, bytes]:
         for row in rows:
             self._memory.spread(row)
-        return {row: self._memory.check(row) for row in rows}
+        return self._memory.check(rows)
 
     @contextmanager
     def _in_buffer(self, wants: Sequence[Want]) -> Iterator[Landing]:
@@ -114,7 +114,7 @@ class SlotDestination:
         """Asked for blocks that were left out, and once more for blocks that late bytes may have reached."""
         if want.checksum is None or not self._table.is_whole(want.row):
             raise BlockUnavailable("it was withdrawn while it was being copied")
-        return self._memory.check(want.row)
+        return self._memory.check([want.row])[want.row]
 
     def publish(self, want: Want, checksum: bytes) -> None:
         """A slot is good once the report says so."""

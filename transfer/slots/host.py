@@ -33,8 +33,16 @@ class SlotMemory(Protocol):
         """
         ...
 
-    def check(self, row: int) -> bytes:
-        """The xxh3-128 of a block as it lies in its slots; UNEQUAL if they differ. The slots must be whole."""
+    def check(self, rows: Sequence[int]) -> dict[int, bytes]:
+        """The xxh3-128 of each block as it lies in its slots; UNEQUAL if they differ. The slots must be whole."""
+        ...
+
+    def holds(self, row: int, address: int) -> bool:
+        """Whether all slots have what they should of the block at an address in host memory, parts of it too."""
+        ...
+
+    def gather(self, row: int, slot: int) -> bytearray:
+        """What one of the block's slots has, each byte at its place in the block; zeros where it has nothing."""
         ...
 
     def spread(self, row: int) -> None:
@@ -73,14 +81,26 @@ class HostSlots:
         for copies in slots:
             apply_copies(block, copies)
         if self._table.is_whole(row):
-            return self.check(row)
+            return self._check(row)
         taken = checksum(block)
-        return taken if all(holds_copies(block, copies) for copies in slots) else UNEQUAL
+        return taken if self.holds(row, address) else UNEQUAL
 
-    def check(self, row: int) -> bytes:
+    def check(self, rows: Sequence[int]) -> dict[int, bytes]:
+        return {row: self._check(row) for row in rows}
+
+    def _check(self, row: int) -> bytes:
         nbytes = int(self._table.manifest.nbytes[row])
         take = _check if self._table.is_direct(row) else _gather_and_check
         return agreed(take(copies, nbytes) for copies in self._table.by_slot(row))
+
+    def holds(self, row: int, address: int) -> bool:
+        block = view(address, int(self._table.manifest.nbytes[row]))
+        return all(holds_copies(block, copies) for copies in self._table.by_slot(row))
+
+    def gather(self, row: int, slot: int) -> bytearray:
+        block = bytearray(int(self._table.manifest.nbytes[row]))
+        gather_copies(block, self._table.by_slot(row)[slot])
+        return block
 
     def follow(self, *, wait: bool) -> None:
         """Nothing is ever queued on a CPU."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from shm.block import DTYPE_BITS
 from transfer.errors import RestoreError
 
 if TYPE_CHECKING:
@@ -42,14 +43,27 @@ REWRITE_MARKS: Mapping[str, str] = {
 }
 
 DTYPES: Mapping[str, str] = {
-    "torch.bool": "BOOL", "torch.uint8": "U8", "torch.int8": "I8",
+    "torch.bool": "BOOL", "torch.uint8": "U8", "torch.int8": "I8", "torch.float4_e2m1fn_x2": "U8",
     "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.float8_e8m0fnu": "F8_E8M0",
     "torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
     "torch.uint16": "U16", "torch.int16": "I16", "torch.float16": "F16", "torch.bfloat16": "BF16",
     "torch.uint32": "U32", "torch.int32": "I32", "torch.float32": "F32",
     "torch.uint64": "U64", "torch.int64": "I64", "torch.float64": "F64", "torch.complex64": "C64",
 }  # fmt: skip
-"""torch's dtypes by the names of the safetensors format."""
+"""torch's dtypes by the names of the safetensors format; what is packed in bytes, by the bytes."""
+_BITS = frozenset({"U8", "I8", "F8_E8M0", "U16", "I16", "U32", "I32", "U64", "I64"})
+_NUMBERS = frozenset({"F16", "BF16", "F32", "F64", "C64", "BOOL"})
+
+
+def may_be_same_bits(one: str, other: str) -> bool:
+    """Whether two dtypes can be two names for the same bits.
+
+    Engines and checkpoints call packed weights and small scales U8, I8, I32 or what they please. Numbers of another
+    format were converted.
+    """
+    is_named_twice = DTYPE_BITS[one] == DTYPE_BITS[other] and not _BITS.isdisjoint((one, other))
+    return one == other or (is_named_twice and _NUMBERS.isdisjoint((one, other)))
+
 
 _PARTS: Mapping[str, str] = {
     "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down",
@@ -60,6 +74,9 @@ _PROJECTION = r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj|w13|w1|w2|w3)(
 _CHECKPOINT_NAME = re.compile(rf"(?:.*\.)?{_PROJECTION}(?:\[[^\]]*\])?")
 _EXPERT_NAME = re.compile(
     r"(?P<stack>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?:(?P<expert>\d+)\..+|.+\[(?P<share>\d+)\])"
+)
+_EXPERTS_PARAMETER = re.compile(
+    r"(?:.*\.)?experts\.(?:\d+\.)?(?:[a-z_]+\.)?(?:w13|w1|w2|w3|gate_up_proj|gate_proj|up_proj|down_proj)(?:[._].*)?"
 )
 _FUSED_NAME = re.compile(
     r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?:[a-z_]+\.)?"
@@ -126,6 +143,11 @@ def fused_name(name: str) -> FusedName | None:
     if (found := _FUSED_NAME.fullmatch(name)) is None:
         return None
     return FusedName(int(found["layer"]), found["part"], _role(found))
+
+
+def is_experts(name: str) -> bool:
+    """Whether a parameter holds weights of experts, to go by its name; shared experts are none."""
+    return _EXPERTS_PARAMETER.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,6 +6,7 @@ once for each such pair, relative to a slot's base addresses. Real addresses are
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ import numpy.typing as npt
 from shm.block import BlockSchema, ExpertKey, TensorTemplate, fill_template
 from shm.manifest import Manifest
 from transfer.slots.copies import SlotCopy, coalesce
-from transfer.slots.layouts import Form, Home, Role, SlotMismatch, SlotTensor, checkpoint_role
+from transfer.slots.layouts import Form, Home, Role, SlotMismatch, SlotTensor, checkpoint_role, may_be_same_bits
 
 # Kinds whose elements follow the weight's rows and columns, so that a tensor-parallel part can be cut out of them.
-_CUT_WITH_THE_WEIGHT = frozenset({"weight", "bias", "weight_scale", "weight_scale_inv"})
+_CUT_WITH_THE_WEIGHT = frozenset({"weight", "weight_packed", "bias", "weight_scale", "weight_scale_inv"})
 # Kinds whose rows in a fused checkpoint tensor are known to be the gate's, then the up's. Others may be interleaved.
 _CONCATENATED = frozenset({"weight", "weight_scale", "weight_scale_inv"})
 _CUT_AXIS = {"gate": 0, "up": 0, "down": 1}
@@ -41,6 +42,18 @@ class Places(NamedTuple):
     tensors: tuple[int, ...]
     bases: tuple[tuple[int, ...], ...]
     names: frozenset[str] | None
+
+
+class Layout(NamedTuple):
+    """What slots that one rule laid out have in common: those of a layer, in the same parameters.
+
+    `parameters` are names and addresses, none where every expert has its own. Which expert a slot holds is not part of
+    it: that changes when experts are placed anew.
+    """
+
+    layer: int
+    form: Form
+    parameters: tuple[tuple[str, int], ...]
 
 
 class _Piece(NamedTuple):
@@ -133,6 +146,12 @@ class SlotPlan:
         table["tensor"] = np.repeat(np.array([place.tensors for place in places]), counts, axis=0)[:, parameter]
         return table.reshape(-1)
 
+    def layout(self, key: ExpertKey) -> Layout:
+        """The layout that the slots of `key` belong to. Raises KeyError for an expert without a slot here."""
+        place = self._places[key]
+        shared = () if place.names is not None else place.tensors
+        return Layout(key.layer, place.form, tuple((self.tensors[i].name, self.tensors[i].address) for i in shared))
+
     def is_whole(self, key: ExpertKey) -> bool:
         """Whether a slot of `key` holds every tensor byte of its block, and not a tensor-parallel part of it."""
         return self._places[key].form.tp_size == 1
@@ -171,8 +190,10 @@ def _relative_copies(
 
 def _pieces(key: ExpertKey, tensor: TensorTemplate, homes: Mapping[Role, Home]) -> Iterator[_Piece]:
     name, role = fill_template(tensor.name, key), checkpoint_role(tensor.name)
-    shape = tensor.shape or (1,)
-    piece = _Piece(name, role, tensor.dtype, shape, tensor.offset, tensor.nbytes // max(shape[0], 1))
+    shape, dtype = tensor.shape or (1,), tensor.dtype
+    if dtype == "F4":  # no torch has half a byte: two elements are one
+        shape, dtype = (*shape[:-1], shape[-1] // 2), "U8"
+    piece = _Piece(name, role, dtype, shape, tensor.offset, tensor.nbytes // max(shape[0], 1))
     split = [Role(part, role.kind) for part in ("gate", "up")]
     if role in homes:
         yield piece
@@ -186,7 +207,7 @@ def _pieces(key: ExpertKey, tensor: TensorTemplate, homes: Mapping[Role, Home]) 
 
 
 def _copy(piece: _Piece, home: Home, form: Form, pieces: Sequence[_Piece]) -> SlotCopy:
-    if piece.dtype != home.dtype:
+    if not may_be_same_bits(piece.dtype, home.dtype):
         raise SlotMismatch(
             f"{piece.name} is {piece.dtype} in the checkpoint, {home.dtype} in the engine: a raw copy does not "
             "convert; reload it from disk"
@@ -211,7 +232,7 @@ def _cut(piece: _Piece, form: Form, pieces: Sequence[_Piece]) -> tuple[int, int,
     """(axis, first, count) of this rank's part of a tensor; all of axis 0 where every rank has it whole."""
     everything = (0, 0, piece.shape[0])
     axis = _CUT_AXIS.get(piece.role.part)
-    if form.tp_size == 1:
+    if form.tp_size == 1 or math.prod(piece.shape) == 1:
         return everything
     if axis is None or piece.role.kind not in _CUT_WITH_THE_WEIGHT:
         raise SlotMismatch(f"{piece.name}: how {form.tp_size} ranks share it is not known; reload it from disk")

@@ -35,6 +35,7 @@ from transfer.slots.layouts import (
     fused_name,
     halves,
     home_in,
+    is_experts,
 )
 from transfer.slots.plan import Places, SlotPlan
 
@@ -237,6 +238,7 @@ def _by_layer(
     layers: dict[int, dict[Role, tuple[str, torch.Tensor]]] = defaultdict(dict)
     for name, tensor in parameters.items():
         if (found := fused_name(name)) is None or found.part not in parts:
+            _check_passed_over(name)
             continue
         if found.role in layers[found.layer]:
             raise SlotMismatch(f"{name} and {layers[found.layer][found.role][0]} are the same parameter: give one")
@@ -248,6 +250,14 @@ def _by_layer(
         if {"gate_up", "down"} - {role.part for role in roles}:
             raise SlotMismatch(f"layer {layer} has {[n for n, _ in roles.values()]}: both {' and '.join(parts)} belong")
     return dict(sorted(layers.items()))
+
+
+def _check_passed_over(name: str) -> None:
+    if is_experts(name):
+        raise SlotMismatch(
+            f"{name} is a parameter of experts, and not named like …layers.3.mlp.experts.w13_weight: its layer is not "
+            "known here; leave it out of what is bound, and reload it from disk, or bind it with Slots.plain"
+        )
 
 
 def _slot_count(layer: int, tensors: Iterable[SlotTensor]) -> int:
@@ -336,15 +346,19 @@ def _check_layout(layout: str) -> None:
 
 
 def _check_fused_shapes(layer: int, described: Described) -> None:
-    """w13 [S, 2·I, H] beside w2 [S, H, I]; transposed kernels have both the other way round."""
+    """w13 [S, 2·I, H] beside w2 [S, H, I], both with k columns in an element; others have them the other way round."""
     w13, w2 = described.get(Role("gate_up", "weight")), described.get(Role("down", "weight"))
     if w13 is None or w2 is None:
         return
-    if len(w13.shape) != 3 or len(w2.shape) != 3 or (w13.shape[1], w13.shape[2]) != (2 * w2.shape[2], w2.shape[1]):
-        raise SlotMismatch(
-            f"layer {layer}: {w13.name} {list(w13.shape)} and {w2.name} {list(w2.shape)} are not [slots, 2·I, H] and "
-            "[slots, H, I]: a kernel has transposed, packed or padded them; reload from disk"
-        )
+    if len(w13.shape) == len(w2.shape) == 3:
+        _, rows, columns = w13.shape
+        _, hidden, inner = w2.shape
+        if rows % 2 == hidden % columns == 0 and rows // 2 == hidden // columns * inner:
+            return
+    raise SlotMismatch(
+        f"layer {layer}: {w13.name} {list(w13.shape)} and {w2.name} {list(w2.shape)} are not [slots, 2·I, H/k] and "
+        "[slots, H, I/k]: a kernel has transposed or padded them; reload from disk"
+    )
 
 
 def _check_apart(tensors: Sequence[SlotTensor]) -> None:

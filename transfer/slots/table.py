@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from shm.manifest import Manifest
 from transfer.slots.copies import SlotCopy
-from transfer.slots.plan import SlotPlan
+from transfer.slots.layouts import SlotTensor
+from transfer.slots.plan import Layout, SlotPlan
 
 Copies = npt.NDArray[np.void]
 
@@ -56,6 +57,19 @@ class SlotTable:
                 slots.append([])
             slots[slot].append(SlotCopy(*copy))
         return slots
+
+    @property
+    def tensors(self) -> tuple[SlotTensor, ...]:
+        """What `SlotCopy.tensor` counts."""
+        return self._plan.tensors
+
+    def slot_count(self, row: int) -> int:
+        """How many slots hold the block."""
+        return int(self.copies(row)["slot"].max()) + 1
+
+    def layout(self, row: int) -> Layout:
+        """What the block's slots were laid out with."""
+        return self._plan.layout(self.keys[self._numbers[row]])
 
     def is_whole(self, row: int) -> bool:
         """Whether a slot holds every byte of the block, so that its checksum can be taken there."""

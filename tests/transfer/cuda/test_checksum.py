@@ -83,7 +83,7 @@ SIZES = [(8, 11), (8, 16), (16, 32), (32, 32), (11, 16), (36, 20), (64, 44), (10
 def test_it_is_the_processors(inner: int, hidden: int, dtype: str) -> None:
     rank = Rank(inner, hidden, dtype)
     assert rank.memory.put(rank.blocks) == rank.expected
-    assert {row: rank.memory.check(row) for row in rank.expected} == rank.expected
+    assert rank.memory.check(list(rank.expected)) == rank.expected
 
 
 @needs_cuda
@@ -101,7 +101,7 @@ def test_a_byte_that_differs_on_the_device_is_seen(part: str) -> None:
     tensor = rank.held[f"model.layers.1.mlp.experts.{part}"].view(torch.uint8)
     tensor[4, -1, -1] ^= 1
     torch.cuda.synchronize(DEVICE)
-    assert {row for row, right in rank.expected.items() if rank.memory.check(row) != right} == {4}
+    assert {row for row, right in rank.expected.items() if rank.memory.check([row])[row] != right} == {4}
 
 
 @needs_cuda
@@ -110,8 +110,8 @@ def test_slots_of_one_expert_that_differ_are_unequal() -> None:
     assert rank.memory.put(rank.blocks) == rank.expected
     rank.held["model.layers.1.mlp.experts.w2_weight"].view(torch.uint8)[7, 0, 0] ^= 1
     torch.cuda.synchronize(DEVICE)
-    assert rank.memory.check(2) == UNEQUAL
-    assert rank.memory.check(4) == rank.expected[4]
+    assert rank.memory.check([2])[2] == UNEQUAL
+    assert rank.memory.check([4])[4] == rank.expected[4]
 
 
 @needs_cuda
@@ -130,7 +130,7 @@ def test_without_device_memory_to_spare_the_processor_takes_them(monkeypatch: py
     monkeypatch.setattr(Cuda, "allocate_on_device", full)
     rank = Rank(64, 44)
     assert rank.memory.put(rank.blocks) == rank.expected
-    assert rank.memory.check(3) == rank.expected[3]
+    assert rank.memory.check([3])[3] == rank.expected[3]
 
 
 @needs_cuda

@@ -90,7 +90,7 @@ class Scene:
 
     @property
     def is_right(self) -> bool:
-        return all(self.memory.check(want.row) == want.checksum for want in self.wants)
+        return all(self.memory.check([want.row])[want.row] == want.checksum for want in self.wants)
 
     @property
     def is_untouched(self) -> bool:

@@ -157,7 +157,7 @@ def test_transposed_on_both_sides_has_no_halves_to_order() -> None:
     named = {f"{STEM}{n}[{{expert}}]": noise(s, torch.bfloat16) for n, s in shapes.items()}
     model = Model({ExpertKey(0, 0): named})
     transposed = pair(noise((1, 6, 10), torch.bfloat16), noise((1, 5, 6), torch.bfloat16))
-    refused(transposed, model, r"not \[slots, 2·I, H\]", layout="up_first")
+    refused(transposed, model, r"not \[slots, 2·I, H/k\]", layout="up_first")
 
 
 def test_a_transposed_view_is_refused() -> None:
@@ -187,7 +187,9 @@ def test_scales_packed_as_integers_are_refused() -> None:
 def test_weights_in_blocks_are_refused() -> None:
     model = per_expert((0,), 2, 8, 8, torch.bfloat16)
     refused(
-        pair(noise((2, 4, 16, 2), torch.bfloat16), noise((2, 4, 8, 2), torch.bfloat16)), model, r"not \[slots, 2·I, H\]"
+        pair(noise((2, 4, 16, 2), torch.bfloat16), noise((2, 4, 8, 2), torch.bfloat16)),
+        model,
+        r"not \[slots, 2·I, H/k\]",
     )
 
 
