@@ -160,6 +160,12 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         """Differs between segments that had this name one after the other."""
         return self._header.generation
 
+    @property
+    def content_digest(self) -> str | None:
+        """The identity of the content's bytes, as nodes tell it; None where it is not known."""
+        digest = self._header.content_digest
+        return digest.hex() if any(digest) else None
+
     def rows(self) -> Int64s:
         """Ascending manifest rows of the blocks published here."""
         _, is_here, _ = self._look(self._rows)

@@ -9,6 +9,7 @@ from typing import Any
 from shm.errors import ManifestError
 from shm.manifest import Manifest
 from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, host_and_port, quoted
+from transfer.client.pinned_content import PinnedContent
 from transfer.shard_map import Mapped, read_shard_map
 
 URLS_MAX = 1024  # nodes remembered
@@ -84,13 +85,17 @@ class ControlPlane:
         """A node's manifest, checked against its digest. Raises NodeUnreachable or ManifestError."""
         return Manifest.from_json(self._http.document(f"{url}/v1/manifest", timeout=DOCUMENT_TIMEOUT_S))
 
-    def shard_map(self, url: str, manifest: Manifest) -> dict[int, Mapped]:
-        """Manifest row → who has the block, as this node knows it. Raises NodeUnreachable."""
+    def shard_map(self, url: str, manifest: Manifest, content: PinnedContent) -> dict[int, Mapped]:
+        """Manifest row → who has the block, as this node knows it.
+
+        Raises NodeUnreachable, RestoreError for a node of other content.
+        """
         document = self._http.document(f"{url}/v1/shard-map", params={"scope": "cluster"}, timeout=DOCUMENT_TIMEOUT_S)
         if document.get("manifest_digest") != manifest.digest:
             raise NodeUnreachable(
                 f"{url} keeps {document.get('model')} from another checkpoint: nothing is taken of it"
             )
+        content.agree(document.get("content_digest"), url)
         try:
             return read_shard_map(document, manifest)
         except ManifestError as error:

@@ -7,7 +7,9 @@ from pathlib import Path
 from shm.errors import HotspareError
 from shm.manifest import Manifest
 from transfer.checkpoint import Checkpoint, read_checkpoint
-from transfer.errors import CheckpointError
+from transfer.checkpoint.content import PinnedCheckpoint, pin
+from transfer.client.pinned_content import PinnedContent
+from transfer.errors import CheckpointError, RestoreError
 
 NAMELESS = "model"  # in the manifest of a checkpoint that nobody named
 
@@ -19,13 +21,17 @@ class LastResort:
         self.is_given = directory is not None
         self._directory = None if directory is None else Path(directory)
         self._checkpoint: Checkpoint | None = None
+        self._pinned: PinnedCheckpoint | None = None
 
     def named(self, model: str | None) -> Checkpoint | None:
         """The checkpoint, its experts only; None without a directory. Raises CheckpointError."""
         return self._read(model or NAMELESS, "experts")
 
-    def of(self, manifest: Manifest) -> Checkpoint:
-        """The checkpoint, if it is the one of `manifest`. Raises CheckpointError."""
+    def of(self, manifest: Manifest, content: PinnedContent) -> Checkpoint:
+        """The checkpoint, if it is the one of `manifest` and has that content. Raises CheckpointError.
+
+        Its content is told from a sample of every tensor, taken when it is first needed.
+        """
         checkpoint = self._read(manifest.model, manifest.include)
         if checkpoint is None:
             raise CheckpointError("no checkpoint directory was given")
@@ -34,7 +40,16 @@ class LastResort:
                 f"{self._directory} is not the checkpoint that the nodes keep: give that one, for nothing is read from "
                 "another"
             )
+        try:
+            content.agree(self._content_of(checkpoint), str(self._directory))
+        except RestoreError as error:
+            raise CheckpointError(str(error)) from error
         return checkpoint
+
+    def _content_of(self, checkpoint: Checkpoint) -> str:
+        if self._pinned is None or self._pinned.checkpoint is not checkpoint or not self._pinned.is_unchanged():
+            self._pinned = pin(checkpoint)
+        return self._pinned.digest.hex()
 
     def _read(self, model: str, include: str) -> Checkpoint | None:
         if self._directory is None:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -52,6 +52,32 @@ class SlotReport:
     def ok(self) -> bool:
         """Whether every expert that was asked for is in its slots, verified."""
         return self.experts_done == self.experts_total
+
+
+@dataclass(frozen=True, slots=True)
+class ProofReport:
+    """What was found in the slots when they were bound. Logical experts, and bytes of whole blocks, each once."""
+
+    experts_total: int
+    experts_proved: int
+    experts_lost: int
+    """Named by the caller, and not looked at."""
+    experts_unknown: int
+    """Looked for in vain: nobody who answered has a checksum of them, or, for parts of blocks, the block itself."""
+    bytes_proved: int
+    seconds: float
+    unproved_layers: tuple[int, ...]
+    """Of these nothing is restored until one of their experts is proved."""
+
+    @classmethod
+    def of_nothing(cls, keys: Collection[ExpertKey]) -> ProofReport:
+        """Where no model is known yet."""
+        return cls(len(keys), 0, 0, len(keys), 0, 0.0, tuple(sorted({key.layer for key in keys})))
+
+    @property
+    def ok(self) -> bool:
+        """Whether every layer can be restored: proved, or vouched for by the caller."""
+        return not self.unproved_layers
 
 
 Progress = Callable[[SlotReport], None]

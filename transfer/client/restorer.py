@@ -13,20 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shm.attachment import Attachment
 from shm.block import ExpertKey
-from shm.errors import HotspareError, InvalidInput
-from shm.manifest import Manifest
+from shm.errors import InvalidInput
 from transfer.client.bound_slots import CPU, BoundSlots, check_not_moved, device_of
 from transfer.client.control_plane import ControlPlane
 from transfer.client.engine_lease import EngineLease
+from transfer.client.evidence import UNPROVED, Evidence, HowMuch, Lost
 from transfer.client.ladder import Ladder
 from transfer.client.last_resort import LastResort
 from transfer.client.local_segment import LocalSegment
 from transfer.client.registration import Registration
-from transfer.client.report import FailedExpert, Progress, SlotReport, Tally
-from transfer.client.whereabouts import URLS_ASKED_MAX, Search
-from transfer.engine import session_host
+from transfer.client.report import FailedExpert, Progress, ProofReport, SlotReport, Tally
+from transfer.client.surroundings import Surroundings
+from transfer.client.whereabouts import Search
 from transfer.errors import EngineError, RestoreError
 from transfer.push.table import consumer_document
 from transfer.slots import Slots
@@ -71,35 +70,46 @@ class Restorer:
         buffers are six times as fast, and only where the engine can register their memory.
         """
         self._control = ControlPlane(url, token)
-        self._model, self._namespace, self._node = model, namespace, node
         self._disk = LastResort(checkpoint)
+        self._around = Surroundings(self._control, self._disk, model, namespace, node)
         self._lease = EngineLease(engine, engine_host, transport, self._control.address)
         self._straight = straight
-        self._segment = LocalSegment()
         self._slots: Slots | None = None
         self._bound: BoundSlots | None = None
+        self._evidence = Evidence()
         self._registration: Registration | None = None
         self._lock = threading.RLock()
 
     # -- binding ---------------------------------------------------------------------------------------------
 
-    def bind(self, slots: Slots) -> None:
+    def bind(self, slots: Slots, *, lost: Lost = (), proof: HowMuch = "whole") -> ProofReport:
         """Take these slots for the rank's, in place of any others: whatever can be done before a failure is done now.
 
         The manifest is compared, the slots are registered with the engine, this host's segment is attached and, for
-        slots in GPU memory, page-locked (about 0.05 s a GB), and host buffers are made. Raises SlotMismatch for slots
-        that the model's blocks do not fit, EngineError for a device that cannot be used; a node that cannot be reached
-        yet is no error.
+        slots in GPU memory, page-locked (about 0.05 s a GB), and host buffers are made.
+
+        Then the bytes in the slots are compared with what the nodes keep, which is the proof that a restore would put
+        the right bytes at the right places; nothing may write to them meanwhile. `lost` are those that do not hold
+        their bytes now, and are not looked at: (layer, expert) as the manifest counts, or a predicate of checkpoint
+        names, or "all". A layer is restored if one of its experts was proved, now or when these parameters were bound
+        before. With proof="sample" a few experts of each layer are looked at, with "none" you vouch for the layout.
+        Where no node answers and none left a segment, it is done at the first restore.
+
+        Raises SlotMismatch for slots that the model's blocks do not fit, and, naming expert and tensor, for slots that
+        hold something else; EngineError for a device that cannot be used. A node that is not there yet is no error.
         """
         with self._lock:
             device_of(slots)
             check_not_moved(slots)
+            self._evidence.begin(lost, proof)
             self._release()
             self._slots = slots
+            self._around.forget_content()
             tally = Tally()
             self._ask_node(tally)
             try:
-                bound = self._prepare(tally)
+                bound = self._find(tally)
+                report = self._examine(bound, tally)
             except BaseException:
                 self._release()
                 raise
@@ -108,6 +118,7 @@ class Restorer:
                 tally.attempt(bound.staging.prepare, self._lease.engine)
             for note in tally.notes:
                 _log.info("bound, but: %s", note)
+            return report
 
     @property
     def session_id(self) -> str | None:
@@ -135,6 +146,10 @@ class Restorer:
             bound.close(is_engine_gone=False)
         self._lease.unregister()
         self._slots = None
+
+    @property
+    def _segment(self) -> LocalSegment:
+        return self._around.segment
 
     @property
     def _is_straight(self) -> bool:
@@ -197,8 +212,9 @@ class Restorer:
         or of all. Whole experts are brought, each once, and copied to every slot that holds them.
 
         `progress` is called with a SlotReport now and then, from any thread, and at the end. Nothing in flight may
-        use the slots meanwhile. Raises SlotMismatch, before a byte moves, if a parameter has moved or the model's
-        blocks do not fit; InvalidInput for an expert without a slot here, or before `bind`.
+        use the slots meanwhile. Raises SlotMismatch, before a byte moves, if a parameter has moved, the model's blocks
+        do not fit, or a proof that could not be made at `bind` fails now; InvalidInput for an expert without a slot
+        here, or before `bind`.
         """
         with self._lock:
             if self._slots is None:
@@ -216,7 +232,7 @@ class Restorer:
     ) -> SlotReport:
         tally = Tally(progress)
         try:
-            bound, why_not = self._prepare(tally), "the model's manifest could not be had"
+            bound, why_not = self._find(tally), "the model's manifest could not be had"
         except EngineError as error:  # a device without memory to spare, say
             bound, why_not = None, str(error)
         slots = slots if bound is None else bound.slots
@@ -231,8 +247,10 @@ class Restorer:
         if predicate is not None:
             rows = [row for row in rows if any(map(predicate, bound.manifest.tensor_names(row)))]
         tally.expect(len(rows), int(bound.manifest.nbytes[rows].sum()))
-        ladder = Ladder(bound, rows, tally)
+        barred = self._barred(bound, rows, tally)
+        ladder = Ladder(bound, [row for row in rows if row not in barred], tally)
         tally.attempt(self._climb, ladder, bound, tally)
+        ladder.missing.update(barred)
         if ladder.has_timed_out and self._lease.drop():
             bound.close(is_engine_gone=True)
             self._bound = None
@@ -243,8 +261,7 @@ class Restorer:
 
     def _climb(self, ladder: Ladder, bound: BoundSlots, tally: Tally) -> None:
         attachment = self._segment.attachment
-        is_same = attachment is not None and attachment.manifest == bound.manifest
-        held = self._segment.held(ladder.missing) if is_same else {}
+        held = self._segment.held(ladder.missing)
         bound.memory.follow(wait=self._is_straight)
         if attachment is not None:
             ladder.climb_local(attachment, held)
@@ -252,27 +269,64 @@ class Restorer:
             if not ladder.missing:
                 break
             search = Search(
-                self._control, bound.manifest, own=self._node, bad=held, tried=ladder.tried, note=tally.note
+                self._control,
+                bound.manifest,
+                self._around.content,
+                own=self._around.node,
+                bad=held,
+                tried=ladder.tried,
+                note=tally.note,
             )
             found = search.run(ladder.missing)
             self._open_engine(tally)
-            checkpoint = partial(self._disk.of, bound.manifest) if attempt == 0 and self._disk.is_given else None
+            has_disk = attempt == 0 and self._disk.is_given
+            checkpoint = partial(self._disk.of, bound.manifest, self._around.content) if has_disk else None
             is_straight = self._is_straight and self._lease.has_registered
             if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
                 break
 
-    # -- finding things out ----------------------------------------------------------------------------------
+    # -- what speaks for the slots ---------------------------------------------------------------------------
+
+    def _examine(self, bound: BoundSlots | None, tally: Tally) -> ProofReport:
+        """Look at the slots, once at bind."""
+        assert self._slots is not None
+        if bound is None:
+            self._evidence.forget()
+            return ProofReport.of_nothing(self._slots.keys)
+        references = partial(self._around.references, bound.table, tally)
+        return self._evidence.examine(bound, references, lambda: self._around.content.digest)
+
+    def _barred(self, bound: BoundSlots, rows: Sequence[int], tally: Tally) -> dict[int, list[str]]:
+        """Rows that may not be filled, and why. Raises SlotMismatch."""
+        try:
+            lacking = self._evidence.lacking(bound, rows, partial(self._around.references, bound.table, tally), rows)
+        except EngineError as error:
+            return {row: [f"its slots could not be looked at: {error}"] for row in rows}
+        return {row: [UNPROVED] for row in lacking}
 
     def _prepare(self, tally: Tally) -> BoundSlots | None:
+        """What others may write to; None while no manifest can be had. Raises RestoreError for slots not proved."""
+        bound = self._find(tally)
+        if bound is not None:
+            references = partial(self._around.references, bound.table, tally)
+            if self._evidence.lacking(bound, bound.table.rows, references):
+                raise RestoreError(UNPROVED)
+        return bound
+
+    # -- finding things out ----------------------------------------------------------------------------------
+
+    def _find(self, tally: Tally) -> BoundSlots | None:
         """Attach, and compare the slots with the manifest if that is new; None while no manifest can be had."""
         assert self._slots is not None
-        if self._model is None:
+        if not self._around.is_named:
             self._ask_node(tally)
-        attachment = self._attach(tally)
-        manifest = attachment.manifest if attachment is not None else self._bound.manifest if self._bound else None
-        if manifest is None and (manifest := self._fetch_manifest(tally)) is None:
+        manifest = None if self._bound is None else self._bound.manifest
+        attachment = self._around.attach(manifest, tally)
+        if manifest is None:
+            manifest = attachment.manifest if attachment is not None else self._around.manifest(tally)
+        if manifest is None:
             return None
-        if self._bound is not None and (self._bound.manifest != manifest or self._bound.staging.is_spent):
+        if self._bound is not None and self._bound.staging.is_spent:
             self._bound.close(is_engine_gone=False)
             self._bound = None
         if self._bound is None:
@@ -282,36 +336,8 @@ class Restorer:
         return self._bound
 
     def _ask_node(self, tally: Tally) -> None:
-        """Learn from this host's node what it is, and which others there are."""
-        url = self._control.urls[0]
-        try:
-            document = self._control.node(url)
-            self._control.learn(url)
-            if host := session_host(document["session_id"] or ""):
-                self._lease.suggest_host(host)
-            if self._model in (None, document["model"]):
-                self._model, self._namespace, self._node = (
-                    str(document[name]) for name in ("model", "namespace", "node_id")
-                )
-            else:
-                tally.note(f"{url} serves {document['model']}, not {self._model}")
-        except (HotspareError, KeyError) as error:
-            tally.note(
-                str(error) if isinstance(error, HotspareError) else f"{url} does not answer like a Hotspare node"
-            )
-
-    def _attach(self, tally: Tally) -> Attachment | None:
-        if self._model is None:
-            tally.note("no segment was looked for: the node never answered, and no model was named")
-            return None
-        return tally.attempt(self._segment.open, self._model, self._namespace, self._node)
-
-    def _fetch_manifest(self, tally: Tally) -> Manifest | None:
-        for url in self._control.urls[:URLS_ASKED_MAX]:
-            if (manifest := tally.attempt(self._control.manifest, url)) is not None:
-                return manifest
-        checkpoint = tally.attempt(self._disk.named, self._model)
-        return None if checkpoint is None else checkpoint.manifest
+        if host := self._around.ask_node(tally):
+            self._lease.suggest_host(host)
 
 
 def _failures(slots: Slots, missing: Mapping[ExpertKey, Sequence[str]]) -> tuple[FailedExpert, ...]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from shm.errors import HotspareError
 from shm.manifest import Manifest
+from transfer.client.pinned_content import PinnedContent
 from transfer.shard_map import Mapped, Replica
 
 URLS_ASKED_MAX = 8  # for their maps, in one search
@@ -22,13 +23,34 @@ class Nodes(Protocol):
         """Remember the nodes that this one knows; returns its own id. Raises HotspareError."""
         ...
 
-    def shard_map(self, url: str, manifest: Manifest) -> Mapping[int, Mapped]:
-        """Manifest row → who has the block, as this node knows it. Raises HotspareError."""
+    def shard_map(self, url: str, manifest: Manifest, content: PinnedContent) -> Mapping[int, Mapped]:
+        """Manifest row → who has the block, as this node knows it. Raises HotspareError, also for other content."""
         ...
 
     def silent(self, node_ids: Iterable[str]) -> set[str]:
         """Those of the nodes that are known not to answer now."""
         ...
+
+
+def recorded(
+    nodes: Nodes, manifest: Manifest, content: PinnedContent, rows: Iterable[int], note: Callable[[str], None]
+) -> dict[int, bytes]:
+    """Manifest row → the checksum that nodes have on record. Nodes are asked until each of `rows` has one."""
+    found: dict[int, bytes] = {}
+    missing = set(rows)
+    for number in range(URLS_ASKED_MAX):
+        if not missing or number == len(nodes.urls):
+            break
+        url = nodes.urls[number]
+        try:
+            nodes.learn(url)
+            told = nodes.shard_map(url, manifest, content)
+        except HotspareError as error:
+            note(str(error))
+            continue
+        found = {row: mapped.checksum for row, mapped in told.items()} | found
+        missing.difference_update(found)
+    return found
 
 
 class Search:
@@ -39,6 +61,7 @@ class Search:
         self,
         nodes: Nodes,
         manifest: Manifest,
+        content: PinnedContent,
         *,
         own: str | None = None,
         bad: Collection[int] = (),
@@ -47,6 +70,7 @@ class Search:
     ) -> None:
         self._nodes = nodes
         self._manifest = manifest
+        self._content = content
         self._own = own
         self._bad = bad
         self._tried = tried
@@ -72,7 +96,7 @@ class Search:
         url = self._nodes.urls[number]
         try:
             self._heard.add(self._nodes.learn(url))
-            told = self._nodes.shard_map(url, self._manifest)
+            told = self._nodes.shard_map(url, self._manifest, self._content)
         except HotspareError as error:
             self._note(str(error))
             if number == 0 and self._own is not None:

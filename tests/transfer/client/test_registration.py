@@ -28,7 +28,7 @@ class Rank:
     def __init__(self, checkpoint: Path) -> None:
         stored = load_file(checkpoint / "model.safetensors")
         self.right = {name: tensor for name, tensor in stored.items() if ".experts." in name}
-        self.held = {name: torch.full_like(tensor, -1) for name, tensor in self.right.items()}
+        self.held = {name: tensor.clone() for name, tensor in self.right.items()}
         self.slots = Slots.plain(self.held)
 
     def wipe(self) -> None:
@@ -107,6 +107,7 @@ def test_a_node_that_was_restarted_is_told_again(
     rank = Rank(tiny_qwen3_moe)
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
+        rank.wipe()
         restorer.register("rank-0", ttl_s=1.5)
         nodes.kill(0)
         nodes.start_again(0)
@@ -149,6 +150,9 @@ def test_what_stands_against_a_registration_is_said(tiny_qwen3_moe: Path, cluste
             restorer.register("rank-0")
     with Restorer(NOBODY, model="qwen", checkpoint=tiny_qwen3_moe) as restorer:
         restorer.bind(rank.slots)
+        with pytest.raises(RestoreError, match="nothing proves"):
+            restorer.register("rank-0")
+        restorer.bind(rank.slots, proof="none")
         with pytest.raises(NodeUnreachable, match="ConnectError"):
             restorer.register("rank-0")
     nodes = cluster("qwen", tiny_qwen3_moe, count=1, replicas=1)

@@ -122,7 +122,7 @@ def test_with_no_daemon_every_slot_is_filled_from_the_attached_segment(owner: Ow
     held = parameters()
     seen: list[SlotReport] = []
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         for _ in range(2):  # once more does no harm
             report = restorer.restore(progress=seen.append)
             total = int(owner.manifest.nbytes.sum())
@@ -138,7 +138,7 @@ def test_with_no_daemon_every_slot_is_filled_from_the_attached_segment(owner: Ow
 def test_only_the_experts_asked_for_are_touched(owner: Owner) -> None:
     held = parameters()
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         assert restorer.restore([(1, 3), (0, 2), (1, 3)]).experts_done == 2
         assert restorer.restore(predicate=lambda name: ".0.mlp.experts.4.up" in name).experts_done == 1
         assert restorer.restore(predicate=lambda name: False).ok
@@ -154,7 +154,7 @@ def test_a_redundant_expert_is_counted_once_and_lies_in_each_of_its_slots(owner:
     held = parameters(slots=4)
     placement = [[3, 0, 3, NO_EXPERT, 4, 2, 1, 3]] * LAYERS
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held, physical_to_logical=placement, ep_rank=0, ep_size=2))
+        restorer.bind(Slots.fused(held, physical_to_logical=placement, ep_rank=0, ep_size=2), proof="none")
         report = restorer.restore()
     assert (report.experts_total, report.bytes_total) == (4, int(owner.manifest.nbytes[:1].sum()) * 4)
     for layer in range(LAYERS):
@@ -168,7 +168,7 @@ def test_a_rank_without_experts_has_nothing_to_restore(owner: Owner) -> None:
     placement = [*range(EXPERTS), NO_EXPERT, NO_EXPERT, NO_EXPERT]
     slots = Slots.fused(held, physical_to_logical=dict.fromkeys(range(LAYERS), placement), ep_rank=3, ep_size=4)
     with owner.restorer() as restorer:
-        restorer.bind(slots)
+        restorer.bind(slots, proof="none")
         report = restorer.restore()
     assert (report.ok, report.experts_total, report.failed) == (True, 0, ())
     assert_untouched(held, 1, 1)
@@ -178,7 +178,7 @@ def test_a_rank_without_experts_has_nothing_to_restore(owner: Owner) -> None:
 def test_a_tensor_parallel_part_is_filled_from_whole_blocks(owner: Owner, rank: int) -> None:
     held = parameters(tp=ROWS)
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held, tp_rank=rank, tp_size=ROWS))
+        restorer.bind(Slots.fused(held, tp_rank=rank, tp_size=ROWS), proof="none")
         assert restorer.restore().ok
     w13, w2 = (held[f"model.layers.1.mlp.experts.{part}_weight"][3] for part in ("w13", "w2"))
     assert torch.equal(w13[0], owner.tensor(1, 3, "gate_proj")[rank])
@@ -192,7 +192,7 @@ def test_a_block_whose_bytes_changed_is_listed_with_its_slots_and_the_others_com
     owner.segment.block(row)[100] ^= 1
     held = parameters(tp=tp)
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held, tp_size=tp))
+        restorer.bind(Slots.fused(held, tp_size=tp), proof="none")
         report = restorer.restore()
     assert not report.ok
     assert report.experts_done == LAYERS * EXPERTS - 1
@@ -207,7 +207,7 @@ def test_a_quarantined_block_is_not_taken(owner: Owner) -> None:
     held = parameters()
     owner.segment.quarantine(owner.manifest.index(0, 4))
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         report = restorer.restore()
     assert [f.key for f in report.failed] == [ExpertKey(0, 4)]
     assert_untouched(held, 0, 4)
@@ -219,7 +219,7 @@ def test_blocks_of_an_extended_segment_are_had_at_the_next_restore(engine: Moonc
     held = parameters()
     try:
         with owner.restorer() as restorer:
-            restorer.bind(Slots.fused(held))
+            restorer.bind(Slots.fused(held), proof="none")
             assert [f.key for f in restorer.restore().failed] == [late]
             row = owner.manifest.index(*late)
             owner.segment.extend([row])
@@ -234,7 +234,7 @@ def test_blocks_of_an_extended_segment_are_had_at_the_next_restore(engine: Moonc
 def test_a_segment_that_is_gone_is_let_go_and_its_successor_attached(owner: Owner) -> None:
     held = parameters()
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         assert restorer.restore().ok
         owner.segment.unlink()
         report = restorer.restore()
@@ -249,7 +249,7 @@ def test_a_segment_that_is_gone_is_let_go_and_its_successor_attached(owner: Owne
 def test_a_segment_cut_short_is_reported_not_mapped(owner: Owner) -> None:
     held = parameters()
     with owner.restorer(node="here") as restorer:
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         os.truncate(f"/dev/shm/{owner.name.object_name}", 8192)
         report = restorer.restore()
     assert report.experts_done == 0
@@ -265,19 +265,19 @@ def test_slots_of_another_shape_are_refused_before_a_byte_moves(owner: Owner) ->
     held = {name: tensor[..., :-1].clone() for name, tensor in parameters().items() if "w13" in name}
     held |= {name: tensor[:, :-1].clone() for name, tensor in parameters().items() if "w2" in name}
     with owner.restorer() as restorer, pytest.raises(SlotMismatch, match="in the checkpoint"):
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
 
 
 def test_a_parameter_that_moved_is_refused_before_a_byte_moves(owner: Owner) -> None:
     held = parameters()
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         moved = next(iter(held.values()))
         moved.data = moved.data.clone()
         with pytest.raises(SlotMismatch, match="has moved in memory"):
             restorer.restore()
         assert all((tensor == -1).all() for tensor in held.values())
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         assert restorer.restore().ok
 
 
@@ -285,7 +285,7 @@ def test_what_the_caller_gets_wrong_is_refused(owner: Owner) -> None:
     with owner.restorer() as restorer:
         with pytest.raises(InvalidInput, match="bind"):
             restorer.restore()
-        restorer.bind(Slots.fused(parameters()))
+        restorer.bind(Slots.fused(parameters()), proof="none")
         with pytest.raises(InvalidInput, match="expert 5 of layer 1"):
             restorer.restore([(1, EXPERTS)])
     with pytest.raises(InvalidInput, match="URL"):
@@ -296,7 +296,7 @@ def test_before_any_segment_is_there_everything_is_listed_and_later_it_comes(own
     held = parameters()
     owner.segment.unlink()
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         report = restorer.restore()
         assert (report.ok, len(report.failed)) == (False, LAYERS * EXPERTS)
         assert all(len(failed.slots) == 2 for failed in report.failed)
@@ -311,7 +311,7 @@ def test_a_device_that_fails_is_reported_and_not_raised(owner: Owner, monkeypatc
 
     owner.segment.unlink()
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(parameters()))
+        restorer.bind(Slots.fused(parameters()), proof="none")
         owner.fill()
         with monkeypatch.context() as patch:
             patch.setattr("transfer.client.restorer.BoundSlots", fail)
@@ -330,7 +330,7 @@ def test_a_failing_progress_callback_stops_nothing(owner: Owner, caplog: pytest.
         raise RuntimeError("full")
 
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(parameters()))
+        restorer.bind(Slots.fused(parameters()), proof="none")
         assert restorer.restore(progress=fail).ok
     assert "the progress callback failed" in caplog.text
 
@@ -339,7 +339,7 @@ def test_restores_from_several_threads_follow_each_other(owner: Owner) -> None:
     held = parameters()
     reports: list[SlotReport] = []
     with owner.restorer() as restorer:
-        restorer.bind(Slots.fused(held))
+        restorer.bind(Slots.fused(held), proof="none")
         threads = [threading.Thread(target=lambda: reports.append(restorer.restore())) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -378,7 +378,7 @@ class Rank:
             w13 = torch.stack([torch.cat([g[: len(g) // tp], u[: len(u) // tp]]) for g, u in halves])
             w2 = torch.stack([d[:, : d.shape[1] // tp] for d in part("down")])
             self.right |= {stem + "w13_weight": w13, stem + "w2_weight": w2.contiguous()}
-        self.held = {name: torch.full_like(tensor, -1) for name, tensor in self.right.items()}
+        self.held = {name: tensor.clone() for name, tensor in self.right.items()}
         self.slots = Slots.fused(self.held, tp_size=tp)
 
     def wipe(self) -> None:
@@ -400,6 +400,7 @@ def test_peers_serve_until_the_last_and_then_the_disk(
     engine = MooncakeEngine("127.0.0.1")._engine if lent else None
     with Restorer(nodes.urls[0], checkpoint=tiny_qwen3_moe, engine=engine) as restorer:
         restorer.bind(rank.slots)
+        rank.wipe()
         nodes.kill(0)
         os.unlink(nodes.segment(0))
         report = restorer.restore()
@@ -430,6 +431,7 @@ def test_a_peer_that_was_restarted_is_found_under_its_new_session(
     rank = Rank(tiny_qwen3_moe, "qwen")
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
+        rank.wipe()
         nodes.kill(0)
         os.unlink(nodes.segment(0))
         nodes.kill(1)
@@ -445,6 +447,7 @@ def test_a_rotten_block_comes_from_the_next_replica(tiny_qwen3_moe: Path, cluste
     rank = Rank(tiny_qwen3_moe, "qwen")
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
+        rank.wipe()
         with open(nodes.segment(0), "r+b") as segment:
             segment.seek(-7000, os.SEEK_END)  # in the last block
             byte = segment.read(1)
@@ -466,6 +469,7 @@ def test_slots_in_too_many_ranges_are_filled_by_way_of_host_buffers(
     rank = Rank(tiny_qwen3_moe, "qwen")
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
+        rank.wipe()
         report = restorer.restore()
         assert report.ok, report
         assert report.bytes_by_source["peer"] > 0
@@ -484,6 +488,7 @@ def test_a_stopped_node_is_left_aside(
     rank = Rank(tiny_qwen3_moe, "qwen")
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
+        rank.wipe()
         os.unlink(nodes.segment(0))
         nodes.pause(1)
         report = restorer.restore()  # our own daemon still has the memory, under no name
@@ -500,6 +505,7 @@ def test_what_a_peer_sends_after_it_timed_out_reaches_no_slot(
     rank = Rank(tiny_qwen3_moe, "qwen")
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
+        rank.wipe()
         os.unlink(nodes.segment(0))
         assert restorer.restore().bytes_by_source["peer"] > 0
         # It stops between our looking and our reading, a moment that cannot be hit from outside.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shm.errors import HotspareError
+from transfer.client.pinned_content import PinnedContent
 from transfer.client.whereabouts import URLS_ASKED_MAX, Search
 from transfer.shard_map import Mapped, Replica
 
@@ -33,7 +34,7 @@ class Nodes:
             raise HotspareError(f"{url} is silent")
         return url[-1]
 
-    def shard_map(self, url: str, manifest: Any) -> Mapping[int, Mapped]:
+    def shard_map(self, url: str, manifest: Any, content: PinnedContent) -> Mapping[int, Mapped]:
         self.asked.append(url[-1])
         return self.maps[url[-1]]
 
@@ -48,43 +49,43 @@ def nodes_of(found: Mapping[int, Mapped]) -> dict[int, str]:
 
 def test_our_own_node_is_enough_where_it_knows_all() -> None:
     nodes = Nodes({"a": {0: mapped("a", "b"), 1: mapped("b"), 2: mapped("c")}, "b": {}, "c": {}})
-    assert nodes_of(Search(nodes, MANIFEST).run([0, 1])) == {0: "ab", 1: "b"}
+    assert nodes_of(Search(nodes, MANIFEST, PinnedContent()).run([0, 1])) == {0: "ab", 1: "b"}
     assert nodes.asked == ["a"]
     assert sorted(nodes.probed) == ["b", "c"], "whoever just answered is not asked whether it lives"
 
 
 def test_a_block_that_our_node_knows_on_a_dead_node_only_is_asked_of_the_others() -> None:
     nodes = Nodes({"a": {0: mapped("b"), 1: mapped("b", "c")}, "c": {0: mapped("b", "d"), 1: mapped("d")}}, dead="b")
-    assert nodes_of(Search(nodes, MANIFEST).run([0, 1])) == {0: "d", 1: "c"}
+    assert nodes_of(Search(nodes, MANIFEST, PinnedContent()).run([0, 1])) == {0: "d", 1: "c"}
     assert nodes.asked == ["a", "c"]
 
 
 def test_one_that_was_read_from_in_vain_is_asked_of_the_others_too() -> None:
     nodes = Nodes({"a": {0: mapped("b")}, "c": {0: mapped("b", "d")}})
-    search = Search(nodes, MANIFEST, tried={(0, "session of b"), (1, "session of d")})
+    search = Search(nodes, MANIFEST, PinnedContent(), tried={(0, "session of b"), (1, "session of d")})
     assert nodes_of(search.run([0])) == {0: "d"}
 
 
 @pytest.mark.parametrize(("bad", "expected"), [((), "ac"), ((0,), "c")])
 def test_our_node_has_no_say_in_what_was_wrong_in_its_memory(bad: tuple[int, ...], expected: str) -> None:
     nodes = Nodes({"a": {0: mapped("a", "c")}})
-    assert nodes_of(Search(nodes, MANIFEST, own="a", bad=bad).run([0])) == {0: expected}
+    assert nodes_of(Search(nodes, MANIFEST, PinnedContent(), own="a", bad=bad).run([0])) == {0: expected}
 
 
 def test_a_silent_node_of_our_own_is_noted_and_not_read_from() -> None:
     notes: list[str] = []
     nodes = Nodes({"b": {0: mapped("a", "b"), 1: mapped("a")}})
-    assert nodes_of(Search(nodes, MANIFEST, own="a", note=notes.append).run([0, 1])) == {0: "b"}
+    assert nodes_of(Search(nodes, MANIFEST, PinnedContent(), own="a", note=notes.append).run([0, 1])) == {0: "b"}
     assert notes == ["http://a is silent"]
 
 
 def test_only_so_many_nodes_are_asked() -> None:
     nodes = Nodes({letter: {} for letter in "abcdefghijklmnop"})
-    assert Search(nodes, MANIFEST).run([0]) == {}
+    assert Search(nodes, MANIFEST, PinnedContent()).run([0]) == {}
     assert len(nodes.asked) == URLS_ASKED_MAX
 
 
 def test_a_replica_without_a_transfer_engine_is_of_no_use() -> None:
     here = Mapped(b"3" * 16, (Replica("b", "", 33), Replica("c", "session of c", 33)))
     nodes = Nodes({"a": {0: here, 1: here._replace(replicas=here.replicas[:1])}, "b": {}, "c": {}})
-    assert nodes_of(Search(nodes, MANIFEST).run([0, 1])) == {0: "c"}
+    assert nodes_of(Search(nodes, MANIFEST, PinnedContent()).run([0, 1])) == {0: "c"}
