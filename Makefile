@@ -9,12 +9,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check sglang bench fmt openapi clean
+.PHONY: help setup demo test check mutate sglang bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
 	@echo "make test     the test suite            make check    linters, types, import rules, OpenAPI drift"
 	@echo "make bench    the benchmarks            make fmt      format the code"
+	@echo "make mutate   break the code on purpose, and see whether a test notices"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
@@ -35,15 +36,20 @@ $(STAMP): pyproject.toml constraints.txt .ci/system-libraries
 demo: setup
 	@$(BIN)/hotspare demo
 
+# Two processes share the tests: half of the time is waiting, and together they need less than 1 GiB of /dev/shm.
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy tools/mutate.py
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m app.api.openapi_document --check
+
+mutate: setup
+	@$(BIN)/python tools/mutate.py
 
 # SGLang and what it imports, beside .venv and not in it: Triton alone takes 1 GB, and torch must stay as it is.
 SGLANG := build/sglang

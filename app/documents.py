@@ -59,10 +59,19 @@ class NodeDocument(Document):
     namespace: str
     state: NodeState
     manifest_digest: str | None
+    content_digest: str | None = Field(
+        description="Identity of the weights' bytes, xxh3-128 of a sample of every tensor: two nodes share blocks only "
+        "if theirs are equal. null while it is not known."
+    )
     session_id: str = Field(description="What peers call this node's transfer engine. Another after each restart.")
     segment: str = Field(description="Name of the shared-memory object in /dev/shm.")
     bytes: int = Field(description="Bytes of the published blocks.")
     blocks: int = Field(description="Published blocks.")
+    blocks_unproved: int = Field(description="Published blocks not proved against their checksums since it started.")
+    proved_oldest: datetime | None = Field(
+        description="When the oldest proof of a published block was: rot older than that was found. null while one was "
+        "never proved."
+    )
     version: str
     revision: str = Field(description="Changes whenever what the node publishes does.")
     replicas: int
@@ -130,6 +139,7 @@ class MappedDense(Document):
 class ShardMap(Document):
     model: str
     manifest_digest: str
+    content_digest: str
     revision: str
     experts: list[MappedExpert]
     dense: list[MappedDense] = Field(description="Dense tensors, by layer; only with `--include all`.")
@@ -302,6 +312,7 @@ class ConsumerDocument(Document):
     node_id: str = Field(description="The node it is registered with, which plans its restores.")
     session_id: str
     manifest_digest: str
+    epoch: int = Field(description="Of this registration: another one for each. Leases to write to it name it.")
     blocks: int = Field(description="Experts that have a slot.")
     slots: int
     ranges: int
@@ -314,6 +325,15 @@ class ConsumerDocument(Document):
 
 class Consumers(Document):
     consumers: list[ConsumerDocument]
+
+
+class LeaseRequest(Document):
+    epoch: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the registration that is to be written to.")]
+    push_id: Annotated[str, Field(min_length=1, max_length=64, pattern="^[!-~]+$")]
+
+
+class LeaseDocument(Document):
+    ttl_s: float = Field(description="For so long the push may write, from when it asked.")
 
 
 class WantedExpert(ExpertRef):

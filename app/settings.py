@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shm.errors import InvalidInput
 from shm.manifest import check_name
@@ -103,6 +112,7 @@ class Settings(BaseModel):
     fill: Literal["auto", "disk", "peer", "none"] = "auto"
     namespace: str = "default"
     transport: Literal["tcp", "rdma"] = "tcp"
+    scrub_rate: ByteSize | None = Field(default=None, ge=1)
     token: SecretStr | None = None
     insecure: bool = False
 

@@ -23,18 +23,18 @@ from shm.block import DENSE, ExpertKey, HeldBlock, TensorTemplate, fill_template
 from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
-    ManifestError,
     SegmentCorrupt,
     SegmentError,
     SegmentForeign,
     SegmentTruncated,
     SegmentUnsealed,
 )
-from shm.header import Header, corrupt
-from shm.layout import BLOCK_ALIGNMENT, ENTRY, SHM_DIRECTORY, BlockState, SegmentName, SegmentState
-from shm.lookup import find_segment, read_header
+from shm.header import Header
+from shm.layout import BLOCK_ALIGNMENT, SHM_DIRECTORY, BlockState, Entries, Int64s, SegmentName, SegmentState
+from shm.lookup import find_segment, read_header, read_manifest
 from shm.manifest import Manifest
-from shm.rules import check_table
+from shm.rules import check_entries
+from shm.table import Mask, read_entries, table_copies
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +97,6 @@ def attach(model: str, *, namespace: str = "default", node: str | None = None) -
                 raise SegmentForeign(f"{where} is the segment of {header.name}")
             try:
                 return Attachment(header, _map(fd, header, where))
-            except ManifestError as error:
-                raise corrupt(where, str(error)) from error
             except SegmentCorrupt:  # or its owner is in the middle of extending it
                 if attempt + 1 == ATTACH_ATTEMPTS_MAX:
                     raise
@@ -132,22 +130,23 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         whole: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
         self._address = int(whole.ctypes.data)
         self._view: memoryview = memoryview(mapping)
-        raw = self._view[header.manifest_offset : header.manifest_offset + header.manifest_nbytes]
-        self.manifest: Manifest = Manifest.from_bytes(bytes(raw), header.manifest_digest.hex())
-        self._table = np.frombuffer(mapping, ENTRY, header.table_nbytes // ENTRY.itemsize, header.table_offset)
-        self._offsets = self._checked_offsets()
+        where = f"{SHM_DIRECTORY}/{self.name.object_name}"
+        self.manifest: Manifest = read_manifest(self._view, header, where)
+        self._rows = np.arange(len(self.manifest))
+        self._copies = table_copies(self._view, header.table_offset, header.table_nbytes)
+        entries, lost = read_entries(self._copies, self._rows)
+        check_entries(entries, lost, self.manifest, header, where)
+        is_placed = ~lost & (entries["state"] != BlockState.ABSENT)
+        self._offsets = np.where(is_placed, entries["offset"].astype(np.int64), NOWHERE)
+        # What a block's access is settled by, where its entry is as it was.
+        self._states: npt.NDArray[Any] = self._copies[0]["state"]
+        self._places: npt.NDArray[Any] = self._copies[0]["offset"]
         # torch keeps this object, and with it the mapping, for as long as a tensor lives.
         self._bytes = (ctypes.c_ubyte * header.total_nbytes).from_address(self._address)
         self._bytes.mapping = mapping  # type: ignore[attr-defined]
         self._page_locks: list[PageLock] = []
-        self._pinned = np.zeros(len(self._table), dtype=bool)
+        self._pinned = np.zeros(len(self._rows), dtype=bool)
         self._closed = False
-
-    def _checked_offsets(self) -> npt.NDArray[np.int64]:
-        """Where each block lies, NOWHERE for those that have no place. A block never moves, so once is enough."""
-        table = self._table.copy()
-        check_table(table, self.manifest, self._header, f"{SHM_DIRECTORY}/{self.name.object_name}")
-        return np.where(table["state"] == BlockState.ABSENT, NOWHERE, table["offset"].astype(np.int64))
 
     # -- what is here ----------------------------------------------------------------------------------------
 
@@ -161,10 +160,22 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         """Differs between segments that had this name one after the other."""
         return self._header.generation
 
-    def rows(self) -> npt.NDArray[np.int64]:
+    def rows(self) -> Int64s:
         """Ascending manifest rows of the blocks published here."""
+        _, is_here, _ = self._look(self._rows)
+        return np.flatnonzero(is_here)
+
+    def _look(self, rows: Int64s) -> tuple[Entries, Mask, Mask]:
+        """Entries as they are now, which of them are of a block that is published here, and which are lost."""
         self._check_open()
-        return np.flatnonzero((self._table["state"] == BlockState.PUBLISHED) & (self._offsets != NOWHERE))
+        entries, lost = read_entries(self._copies, rows)
+        is_shown = ~lost & (entries["state"] == BlockState.PUBLISHED)
+        return entries, is_shown & (entries["offset"] == self._offsets[rows].astype(np.uint64)), lost
+
+    def damaged(self) -> list[ExpertKey]:
+        """Of which blocks nothing can be said: their entry in the block table is right in no copy. The rest is."""
+        _, _, lost = self._look(self._rows)
+        return [self.manifest.keys[row] for row in np.flatnonzero(lost).tolist()]
 
     def experts(self) -> list[ExpertKey]:
         """The experts held here, ascending."""
@@ -173,8 +184,12 @@ class Attachment(Mapping[str, "torch.Tensor"]):
 
     def holds(self, row: int) -> bool:
         """Whether the block of this manifest row is published here."""
+        return self._is_as_it_was(row) or bool(self._look(np.array([row]))[1][0])
+
+    def _is_as_it_was(self, row: int) -> bool:
+        """Whether the block is published where it was: what is asked of every tensor, and so must be quick."""
         self._check_open()
-        return bool(self._table["state"][row] == BlockState.PUBLISHED and self._offsets[row] != NOWHERE)
+        return bool(self._states[row] == BlockState.PUBLISHED and self._places[row] == self._offsets[row])
 
     def __iter__(self) -> Iterator[str]:
         for row in self.rows().tolist():
@@ -191,39 +206,52 @@ class Attachment(Mapping[str, "torch.Tensor"]):
 
     # -- bytes and tensors -----------------------------------------------------------------------------------
 
-    def _entry(self, row: int) -> tuple[int, int]:
-        self._check_open()
-        if self._table["state"][row] != BlockState.PUBLISHED:
-            layer, expert = self.manifest.keys[row]
-            raise BlockUnavailable(
-                f"expert {expert} of layer {layer} is not published in {self.name}: it is placed on another node, or "
-                "being mended"
+    def _offset(self, row: int) -> int:
+        """Where a published block begins. Raises BlockUnavailable."""
+        if not self._is_as_it_was(row):
+            entries, is_here, lost = self._look(np.array([row]))
+            if not is_here[0]:
+                raise BlockUnavailable(self._why_not(row, entries["state"][0], lost[0]))
+        return int(self._offsets[row])
+
+    def _why_not(self, row: int, state: int, is_lost: bool) -> str:
+        layer, expert = self.manifest.keys[row]
+        if is_lost:
+            return (
+                f"the table's entry for expert {expert} of layer {layer} is damaged in {self.name}: restore it "
+                f"(`hotspare restore --node {self.name.node}`, or start the node again), then attach again"
             )
-        if self._offsets[row] == NOWHERE:
-            raise BlockUnavailable(f"{self.name} has grown since it was attached to: attach again")
-        return int(self._offsets[row]), int(self.manifest.nbytes[row])
+        if state == BlockState.PUBLISHED:
+            return f"{self.name} has grown, or was mended, since it was attached to: attach again"
+        return (
+            f"expert {expert} of layer {layer} is not published in {self.name}: it is placed on another node, or "
+            "being mended"
+        )
 
     def block(self, row: int) -> memoryview:
         """The bytes of a block, read-only. Raises BlockUnavailable."""
-        offset, nbytes = self._entry(row)
-        return self._view[offset : offset + nbytes]
+        offset = self._offset(row)
+        return self._view[offset : offset + int(self.manifest.nbytes[row])]
 
     def address(self, row: int) -> int:
         """Where a block lies in this process's memory. Raises BlockUnavailable."""
-        return self._address + self._entry(row)[0]
+        return self._address + self._offset(row)
 
     def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
         """Of these manifest rows those whose block is published here. Quick also for all of a large model."""
-        self._check_open()
         asked = np.fromiter(rows, np.int64)
-        here = asked[(self._table["state"][asked] == BlockState.PUBLISHED) & (self._offsets[asked] != NOWHERE)]
+        entries, is_here, _ = self._look(asked)
+        here = asked[is_here]
         addresses = (self._offsets[here] + self._address).tolist()
-        found = zip(addresses, self._table["checksum"][here].tolist(), strict=True)
+        found = zip(addresses, entries["checksum"][is_here].tolist(), strict=True)
         return {row: HeldBlock(*block) for row, block in zip(here.tolist(), found, strict=True)}
 
     def checksum(self, row: int) -> bytes:
-        """The xxh3-128 recorded for the block."""
-        return bytes(self._table["checksum"][row])
+        """The xxh3-128 recorded for the block. Raises BlockUnavailable if that is damaged."""
+        entries, _, lost = self._look(np.array([row]))
+        if lost[0]:
+            raise BlockUnavailable(self._why_not(row, 0, True))
+        return bytes(entries["checksum"][0])
 
     def _tensor(self, block_offset: int, template: TensorTemplate) -> torch.Tensor:
         import torch
@@ -243,12 +271,12 @@ class Attachment(Mapping[str, "torch.Tensor"]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         row, template = self.manifest.find(name)
-        return self._tensor(self._entry(row)[0], template)
+        return self._tensor(self._offset(row), template)
 
     def expert(self, layer: int, expert: int) -> ExpertTensors:
         """Checkpoint name → tensor of one logical expert; of a fused tensor, its slice. Raises BlockUnavailable."""
         row = self.manifest.index(layer, expert)
-        key, offset = self.manifest.keys[row], self._entry(row)[0]
+        key, offset = self.manifest.keys[row], self._offset(row)
         tensors = {
             fill_template(t.name.removesuffix("[{expert}]"), key): self._tensor(offset, t)
             for t in self.manifest.schema(row).tensors
@@ -262,22 +290,23 @@ class Attachment(Mapping[str, "torch.Tensor"]):
     # -- verification and CUDA -------------------------------------------------------------------------------
 
     def verify(self) -> list[ExpertKey]:
-        """Take every published block's checksum anew; the keys of those whose bytes differ from it."""
-        rows = self.rows().tolist()
+        """Take every published block's checksum anew; the keys of those whose bytes differ, and of those `damaged`."""
+        entries, is_here, lost = self._look(self._rows)
+        rows, recorded = np.flatnonzero(is_here), entries["checksum"][is_here]
         threads = min(VERIFY_THREADS_MAX, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads, thread_name_prefix="hotspare-verify") as pool:
-            return [
-                self.manifest.keys[row] for row, bad in zip(rows, pool.map(self._differs, rows), strict=True) if bad
-            ]
+            lost[rows] = list(pool.map(self._differs, rows.tolist(), recorded.tolist()))
+        return [self.manifest.keys[row] for row in np.flatnonzero(lost).tolist()]
 
-    def _differs(self, row: int) -> bool:
+    def _differs(self, row: int, recorded: bytes) -> bool:
         """Looks twice before it says so: the owner may be mending the block, which is then hidden, or whole again."""
         for _ in range(VERIFY_LOOKS):
             try:
-                if checksum(self.block(row)) == self.checksum(row):
+                taken = checksum(self.block(row))
+                if taken == recorded or taken == self.checksum(row):
                     return False
             except BlockUnavailable:
-                return False
+                return bool(self._look(np.array([row]))[2][0])
         return self.holds(row)
 
     def pin(self, rows: Iterable[int] | None = None, device: str | int | None = None) -> None:
@@ -319,8 +348,10 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         self._page_locks.clear()
         self._pinned[:] = False
         self._closed = True
-        del self._view, self._bytes, self._table
-        self._view, self._table = memoryview(b""), np.zeros(0, dtype=ENTRY)
+        self._copies = ()
+        self._states = self._places = np.zeros(0, dtype=np.uint64)
+        del self._view, self._bytes
+        self._view = memoryview(b"")
         self._bytes = (ctypes.c_ubyte * 0)()
 
     def __enter__(self) -> Attachment:

@@ -11,7 +11,7 @@ HotspareError
     ├── SegmentForeign         not a Hotspare segment, or another model's
     ├── SegmentTruncated       shorter than its header says
     ├── SegmentTooNew          written by a newer Hotspare
-    ├── SegmentCorrupt         header or manifest fail their checksum
+    ├── SegmentCorrupt         header or manifest right in no copy, or a rule broken
     ├── SegmentForbidden       exists, but this user may not open it
     ├── SegmentBusy            owned by a living daemon
     └── SharedMemoryFull       /dev/shm has not the space
@@ -70,7 +70,7 @@ class SegmentTooNew(SegmentError):
 
 
 class SegmentCorrupt(SegmentError):
-    """The header or the manifest does not match its checksum."""
+    """The header or the manifest is right in no copy, or a number breaks a rule of the format."""
 
 
 class SegmentForbidden(SegmentError):

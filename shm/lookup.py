@@ -1,4 +1,4 @@
-"""Finding a segment on this host by name, and reading its header page without mapping it."""
+"""Finding a segment on this host by name, and reading its header without mapping it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator
 
 from shm import posix
-from shm.errors import SegmentAmbiguous, SegmentCorrupt, SegmentError, SegmentNotFound
-from shm.header import Header
-from shm.layout import HEADER_NBYTES, PREFIX, SHM_DIRECTORY, SegmentName, SegmentState, object_prefix
-from shm.manifest import check_name
-from shm.rules import check_sections
+from shm.errors import ManifestError, SegmentAmbiguous, SegmentCorrupt, SegmentError, SegmentNotFound
+from shm.header import Header, corrupt
+from shm.layout import MANIFEST_OFFSET, PREFIX, SHM_DIRECTORY, SegmentName, SegmentState, copy_offset, object_prefix
+from shm.manifest import Manifest, check_name
+from shm.rules import check_length, check_sections
 
 SEGMENTS_MAX = 4096  # listed of one host
-HEADER_READS_MAX = 5  # a header read while its owner rewrites it fails its checksum: read again
+HEADER_READS_MAX = 5  # both pages may be torn for who reads slowly while their owner rewrites one and the other
 HEADER_RETRY_S = 0.002
 
 
@@ -74,7 +74,7 @@ def read_header(fd: int, object_name: str) -> Header:
     """The header of an open object, read again while its owner is in the middle of writing it."""
     for attempt in range(HEADER_READS_MAX):
         try:
-            header = Header.unpack(os.pread(fd, HEADER_NBYTES, 0), object_name, os.fstat(fd).st_size)
+            header = Header.read(os.pread(fd, MANIFEST_OFFSET, 0), object_name, os.fstat(fd).st_size)
             check_sections(header, f"{SHM_DIRECTORY}/{object_name}")
             return header
         except SegmentCorrupt:
@@ -82,3 +82,18 @@ def read_header(fd: int, object_name: str) -> Header:
                 raise
             time.sleep(HEADER_RETRY_S)
     raise AssertionError("unreachable")
+
+
+def read_manifest(view: memoryview, header: Header, where: str) -> Manifest:
+    """The manifest from the first copy that is right, in memory of our own. Raises SegmentCorrupt."""
+    wrong: ManifestError | None = None
+    for at in (header.manifest_offset, copy_offset(header.manifest_offset, header.manifest_nbytes)):
+        try:
+            raw = bytes(view[at : at + header.manifest_nbytes])
+            manifest = Manifest.from_bytes(raw, header.manifest_digest.hex())
+        except ManifestError as error:
+            wrong = wrong or error
+        else:
+            check_length(header, manifest, where)
+            return manifest
+    raise corrupt(where, str(wrong)) from wrong

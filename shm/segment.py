@@ -5,73 +5,92 @@
 
 The object is never made shorter while it has a name: a reader that has it mapped would die of SIGBUS. To start over,
 the name is unlinked and a new object takes it; readers of the old one keep their memory until they let go.
+
+What an owner knows of its segment it keeps in memory of its own, and the object has it twice: what is damaged there is
+written anew, when the segment is adopted and whenever `mend` is called.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from shm import posix
 from shm.block import HeldBlock
+from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import (
     BlockUnavailable,
-    ManifestError,
+    InvalidInput,
     SegmentBusy,
     SegmentCorrupt,
     SegmentError,
     SegmentForeign,
     SegmentNotFound,
-    SegmentTruncated,
+    SegmentTooNew,
     SegmentUnsealed,
 )
-from shm.header import Header, corrupt
+from shm.extents import Extents
+from shm.header import Header
 from shm.layout import (
     ENTRY,
-    HEADER_NBYTES,
+    MANIFEST_OFFSET,
     SHM_DIRECTORY,
-    STATE_OFFSET,
     BlockState,
+    Entries,
+    Int64s,
     SegmentName,
     SegmentState,
+    absent_entries,
     align,
     place_blocks,
     plan_segment,
 )
-from shm.lookup import read_header
+from shm.lookup import read_header, read_manifest
 from shm.manifest import Manifest
-from shm.rules import check_table
+from shm.rules import check_entries
+from shm.table import BlockTable, read_entries, table_copies
+from shm.twin import Twin
 
 CLAIM_ATTEMPTS_MAX = 16
 
+_NO_TABLE = BlockTable(np.zeros(0, dtype=ENTRY), ())
+
 
 @dataclass(frozen=True, slots=True)
-class Extent:
-    """One mapping of the object: bytes [start, end) of it lie at `address`."""
+class Damage:
+    """What in an object was not as its owner had written it."""
 
-    start: int
-    end: int
-    address: int
-    view: memoryview
+    parts: tuple[str, ...] = ()
+    """Of "header", "second header", "manifest" and "second manifest" those that were written anew."""
+    rows: tuple[int, ...] = ()
+    """Manifest rows whose entry in the block table was written anew."""
+    lost: tuple[int, ...] = ()
+    """Those of them that were right in no copy: their blocks are absent now, and `extend` makes room for them."""
 
 
 class Segment:
-    """A shared-memory object that this process owns. Not thread-safe but for `block`, `address` and `publish`."""
+    """A shared-memory object that this process owns. Thread-safe are `block`, `address`, `publish` and `quarantine`."""
 
     def __init__(self, name: SegmentName, fd: int, header: Header) -> None:
         self.name = name
         self._fd = fd
         self._header = header
         self._manifest: Manifest | None = None
-        self._table: npt.NDArray[np.void] = np.zeros(0, dtype=ENTRY)
-        self._extents: list[Extent] = []
+        self._table = _NO_TABLE
+        self._extents = Extents(mmap.PROT_READ | mmap.PROT_WRITE)
+        self._served = Extents(mmap.PROT_READ)
+        self._heading = threading.Lock()
+        """Held while a header is written: in memory, so for a moment."""
+        self.found = Damage()
+        """What was damaged when this process adopted it."""
 
     # -- claiming --------------------------------------------------------------------------------------------
 
@@ -113,13 +132,13 @@ class Segment:
         if header is None:
             posix.unlink(name.object_name)
             return None
-        segment = cls(name, fd, replace(header, owner_pid=os.getpid()))
+        segment = cls(name, fd, header)
         try:
-            segment._open_content()
-        except (ManifestError, SegmentCorrupt):  # what the header leads to is not right: nobody can attach either
+            segment.found = segment._adopt()
+        except SegmentCorrupt:  # what the header leads to is not right: nobody can attach either
             posix.unlink(name.object_name)
             return None
-        segment._write_header()
+        segment._write_header(owner_pid=os.getpid())
         return segment
 
     @classmethod
@@ -127,7 +146,7 @@ class Segment:
         now = time.time_ns()
         segment = cls(name, fd, Header(name, SegmentState.CLAIMED, now, os.getpid(), now, 0))
         try:
-            posix.reserve(fd, 0, HEADER_NBYTES)
+            posix.reserve(fd, 0, MANIFEST_OFFSET)
         except BaseException:
             posix.unlink(name.object_name)
             raise
@@ -151,7 +170,9 @@ class Segment:
         """The header of a sealed object of ours; None for one that its owner left half-made."""
         try:
             header = read_header(fd, name.object_name)
-        except (SegmentCorrupt, SegmentTruncated, SegmentUnsealed):
+        except (SegmentForeign, SegmentTooNew):
+            raise
+        except SegmentError:  # damaged, cut short, without a header, or of a format that is no longer read
             return None
         if header.name != name:
             raise SegmentForeign(f"{SHM_DIRECTORY}/{name.object_name} is the segment of {header.name}, not of {name}")
@@ -164,13 +185,12 @@ class Segment:
         if self._header.state is not SegmentState.CLAIMED:
             raise SegmentError(f"{self.name} is allocated already: start over with `renew`")
         plan = plan_segment(manifest, rows)
-        posix.reserve(self._fd, HEADER_NBYTES, plan.total_nbytes)
-        os.pwrite(self._fd, manifest.to_bytes(), plan.manifest_offset)
-        os.pwrite(self._fd, plan.table.tobytes(), plan.table_offset)
-        self._header = replace(
-            self._header,
+        posix.reserve(self._fd, MANIFEST_OFFSET, plan.total_nbytes)
+        Twin("manifest", manifest.to_bytes(), MANIFEST_OFFSET).write(self._fd)
+        Twin("table", plan.table.tobytes(), plan.table_offset).write(self._fd)
+        self._write_header(
             state=SegmentState.FILLING,
-            manifest_offset=plan.manifest_offset,
+            manifest_offset=MANIFEST_OFFSET,
             manifest_nbytes=plan.manifest_nbytes,
             table_offset=plan.table_offset,
             table_nbytes=plan.table_nbytes,
@@ -179,25 +199,23 @@ class Segment:
             total_nbytes=plan.total_nbytes,
             manifest_digest=bytes.fromhex(manifest.digest),
         )
-        self._write_header()
-        self._open_content()
+        self._extents.cover(self._fd, plan.total_nbytes)
+        self._manifest = manifest
+        self._table = BlockTable(plan.table, self._table_copies())
 
     def extend(self, rows: Iterable[int]) -> None:
         """Reserve space for more rows behind what is there, which readers keep reading meanwhile."""
         start = align(self._header.total_nbytes)
-        missing = [row for row in rows if self._table["state"][row] == BlockState.ABSENT]
+        missing = [row for row in rows if self._table.entries["state"][row] == BlockState.ABSENT]
         if not missing:
             return
         placed, offsets, end = place_blocks(self.manifest, missing, start)
         posix.reserve(self._fd, start, end)
-        self._map_extent(start, end)
+        self._extents.cover(self._fd, end)
         # The header first: who adopts this after a crash in between finds space unused, and no entry that points
         # past the end.
-        self._header = replace(self._header, data_nbytes=end - self._header.data_offset, total_nbytes=end)
-        self._write_header()
-        self._table["offset"][placed] = offsets
-        self._table["nbytes"][placed] = self.manifest.nbytes[placed]
-        self._table["state"][placed] = BlockState.RESERVED
+        self._write_header(data_nbytes=end - self._header.data_offset, total_nbytes=end)
+        self._table.place(placed, offsets, self.manifest.nbytes[placed])
 
     def renew(self) -> Segment:
         """Give this object up, name and all, and claim an empty one.
@@ -209,33 +227,44 @@ class Segment:
         self._disown()
         return Segment.claim(self.name)
 
-    def _open_content(self) -> None:
-        self._map_extent(0, self._header.total_nbytes)
-        view = self._extents[0].view
-        header = self._header
-        raw = view[header.manifest_offset : header.manifest_offset + header.manifest_nbytes]
-        self._manifest = Manifest.from_bytes(raw, header.manifest_digest.hex())
-        table = np.frombuffer(view, ENTRY, header.table_nbytes // ENTRY.itemsize, header.table_offset)
-        check_table(table, self._manifest, header, f"{SHM_DIRECTORY}/{self.name.object_name}")
-        self._table = table
+    def _table_copies(self) -> tuple[Entries, ...]:
+        return table_copies(self._extents.views()[0], self._header.table_offset, self._header.table_nbytes)
 
-    def _map_extent(self, start: int, end: int) -> None:
-        mapping = mmap.mmap(self._fd, end - start, offset=start)
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTDUMP"):  # both only advice: an old kernel may refuse
-            try:
-                mapping.madvise(getattr(mmap, advice))
-            except (AttributeError, OSError):
-                continue
-        view = memoryview(mapping)
-        address = np.frombuffer(view, np.uint8).ctypes.data
-        self._extents.append(Extent(start, end, address, view))
+    def _adopt(self) -> Damage:
+        """Take over all that is right, and write anew what is not. Raises SegmentCorrupt if nothing can be kept."""
+        header, where = self._header, f"{SHM_DIRECTORY}/{self.name.object_name}"
+        self._extents.cover(self._fd, header.total_nbytes)
+        self._manifest = read_manifest(self._extents.views()[0], header, where)
+        copies = self._table_copies()
+        entries, lost = read_entries(copies, np.arange(len(self._manifest)))
+        check_entries(entries, lost, self._manifest, header, where)
+        entries[lost] = absent_entries(np.flatnonzero(lost))
+        self._table = BlockTable(entries, copies)
+        return replace(self.mend(), lost=tuple(np.flatnonzero(lost).tolist()))
 
-    def _write_header(self) -> None:
-        """The page first, with the state that is there; then the state alone."""
-        page = self._header.pack()
-        os.pwrite(self._fd, page[:STATE_OFFSET], 0)
-        os.pwrite(self._fd, page[STATE_OFFSET + 4 :], STATE_OFFSET + 4)
-        os.pwrite(self._fd, page[STATE_OFFSET : STATE_OFFSET + 4], STATE_OFFSET)
+    def _header_pages(self) -> Twin:
+        return Twin("header", self._header.pack(), 0)
+
+    def _write_header(self, **changes: Any) -> None:
+        with self._heading:
+            self._header = replace(self._header, **changes)
+            self._header_pages().write(self._fd)
+
+    # -- proving what leads to the blocks ---------------------------------------------------------------------
+
+    def damaged(self) -> Int64s:
+        """Ascending manifest rows whose entry in the block table is not as it was written, in one copy or both."""
+        return self._table.damaged()
+
+    def mend(self) -> Damage:
+        """Write anew what is damaged of all that leads to the blocks, and say what was. The blocks are not looked at.
+
+        For any thread, until the segment is given up.
+        """
+        manifests = Twin("manifest", self.manifest.to_bytes(), MANIFEST_OFFSET)
+        with self._heading:
+            parts = [] if self._fd < 0 else self._header_pages().mend(self._fd) + manifests.mend(self._fd)
+        return Damage(tuple(parts), tuple(self._table.mend().tolist()))
 
     # -- what is there ---------------------------------------------------------------------------------------
 
@@ -264,72 +293,76 @@ class Segment:
 
     def data_ranges(self) -> list[tuple[int, int]]:
         """(address, nbytes) of the blocks' memory, header and table left out: what a transfer engine may serve."""
-        starts = [max(e.start, self._header.data_offset) for e in self._extents]
-        return [
-            (e.address + start - e.start, e.end - start)
-            for e, start in zip(self._extents, starts, strict=True)
-            if start < e.end
-        ]
+        return self._extents.ranges(self._header.data_offset)
+
+    def served_ranges(self) -> list[tuple[int, int]]:
+        """The same memory at other, read-only addresses: a transfer engine given these refuses whoever would write."""
+        self._served.cover(self._fd, self._extents.end)
+        return self._served.ranges(self._header.data_offset)
 
     def mappings(self) -> tuple[memoryview, ...]:
         """Views of all its memory: while they live, its addresses stay mapped, whatever becomes of the segment."""
-        return tuple(extent.view for extent in self._extents)
+        return (*self._extents.views(), *self._served.views())
 
-    def rows(self, *states: BlockState) -> npt.NDArray[np.int64]:
+    def rows(self, *states: BlockState) -> Int64s:
         """Ascending manifest rows whose block is in one of these states."""
-        return np.flatnonzero(np.isin(self._table["state"], states))
+        return np.flatnonzero(np.isin(self._table.entries["state"], states))
 
     def holds(self, row: int) -> bool:
         """Whether space is reserved for the row, in whatever state its block is."""
-        return bool(self._table["state"][row] != BlockState.ABSENT)
+        return bool(self._table.entries["state"][row] != BlockState.ABSENT)
 
-    def published(self) -> npt.NDArray[np.int64]:
+    def published(self) -> Int64s:
         return self.rows(BlockState.PUBLISHED)
 
     def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
         """Of these manifest rows those whose block is published here."""
-        states = self._table["state"]
+        states = self._table.entries["state"]
         here = [row for row in rows if row < len(states) and states[row] == BlockState.PUBLISHED]
         return {row: HeldBlock(self.address(row), self.checksum(row)) for row in here}
 
     def fingerprint(self) -> str:
         """Of the block table, hex: another one whenever a block was published, hidden or given other content."""
-        return xxhash.xxh3_64_hexdigest(self._table.tobytes())
+        return xxhash.xxh3_64_hexdigest(self._table.entries.tobytes())
 
     def checksum(self, row: int) -> bytes:
         """The checksum recorded when the block was last published; 16 zero bytes if it never was."""
-        return bytes(self._table["checksum"][row])
+        return bytes(self._table.entries["checksum"][row])
 
-    def _place(self, row: int) -> tuple[Extent, int, int]:
-        entry = self._table[row]
+    def _place(self, row: int) -> tuple[int, int]:
+        entry = self._table.entries[row]
         if entry["state"] == BlockState.ABSENT:
             raise BlockUnavailable(f"{self.name} has no space for {self.manifest.keys[row]}")
-        offset, nbytes = int(entry["offset"]), int(entry["nbytes"])
-        for extent in reversed(self._extents):
-            if extent.start <= offset and offset + nbytes <= extent.end:
-                return extent, offset - extent.start, nbytes
-        raise corrupt(str(self.name), f"the place of {self.manifest.keys[row]} has changed and lies outside it")
+        return int(entry["offset"]), int(entry["nbytes"])
 
     def address(self, row: int) -> int:
         """Where the block lies in this process's memory."""
-        extent, offset, _ = self._place(row)
-        return extent.address + offset
+        extent, at = self._extents.find(*self._place(row))
+        return extent.address + at
+
+    def served_address(self, row: int) -> int:
+        """Where the block lies in `served_ranges`."""
+        self.served_ranges()
+        extent, at = self._served.find(*self._place(row))
+        return extent.address + at
 
     def block(self, row: int) -> memoryview:
         """The block's bytes, writable."""
-        extent, offset, nbytes = self._place(row)
-        return extent.view[offset : offset + nbytes]
+        offset, nbytes = self._place(row)
+        extent, at = self._extents.find(offset, nbytes)
+        return extent.view[at : at + nbytes]
 
     # -- publishing ------------------------------------------------------------------------------------------
 
     def publish(self, row: int, checksum: bytes) -> None:
-        """Let readers find the block. Only after its bytes matched the checksum."""
-        self._table["checksum"][row] = checksum
-        self._table["state"][row] = BlockState.PUBLISHED
+        """Let readers find the block. Only after its bytes matched the checksum. Raises BlockUnavailable."""
+        self._place(row)
+        self._table.publish(row, checksum)
 
     def quarantine(self, row: int) -> None:
-        """Hide a block whose bytes are wrong or about to be written; its checksum stays on record."""
-        self._table["state"][row] = BlockState.QUARANTINED
+        """Hide a block whose bytes are wrong or about to be written; its checksum stays. Raises BlockUnavailable."""
+        self._place(row)
+        self._table.hide(row)
 
     def seal(self) -> None:
         """Let readers attach. Raises SegmentError while a block that has a place is not published."""
@@ -338,28 +371,34 @@ class Segment:
             key = self.manifest.keys[int(waiting[0])]
             raise SegmentError(f"{self.name} cannot be sealed: {len(waiting)} blocks are not published, first {key}")
         if self._header.state is not SegmentState.SEALED:
-            self._header = replace(self._header, state=SegmentState.SEALED, sealed_ns=time.time_ns())
-            self._write_header()
+            self._write_header(state=SegmentState.SEALED, sealed_ns=time.time_ns())
 
     def record_origin(self, origin: bytes) -> None:
         """Remember which checkpoint files (16 bytes of identity) the content came from or was compared with."""
-        self._header = replace(self._header, origin=origin)
-        self._write_header()
+        self._write_header(origin=origin)
+
+    def record_content(self, digest: bytes) -> None:
+        """Remember the identity (16 bytes) of the content's bytes."""
+        if len(digest) != CHECKSUM_NBYTES:
+            raise InvalidInput(f"a content digest of {len(digest)} bytes: give {CHECKSUM_NBYTES}")
+        self._write_header(content_digest=digest)
 
     # -- letting go ------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give up ownership; the object stays. Mappings end when the last view of them does."""
         self._extents.clear()
-        self._table = np.zeros(0, dtype=ENTRY)
+        self._served.clear()
+        self._table = _NO_TABLE
         self._manifest = None
         self._disown()
 
     def _disown(self) -> None:
-        if self._fd >= 0:
-            posix.unlock(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+        with self._heading:
+            if self._fd >= 0:
+                posix.unlock(self._fd)
+                os.close(self._fd)
+                self._fd = -1
 
     def unlink(self) -> None:
         """Remove the name, then close."""

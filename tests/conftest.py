@@ -5,18 +5,14 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-import selectors
-import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import psutil
 import pytest
@@ -27,36 +23,22 @@ from shm.checksum import checksum
 from shm.layout import SHM_DIRECTORY, BlockState, SegmentName
 from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
+from tests import processes
+from tests.processes import NODE_MODULES, ROOT, Child, Daemon, Zygote, start_anew
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.checkpoint.synth import write_checkpoint
+from transfer.engine import MooncakeEngine
 
-ROOT = Path(__file__).parent.parent
 OURS = f"t{os.getpid()}x"  # every namespace of this run begins so
-DEADLINE_S = 40.0
-POLL_S = 0.01
-PR_SET_PDEATHSIG = 1
+PORTS = range(18_000, 32_000)  # above Mooncake's, below those that the kernel hands out to whoever connects
 
 _numbers = itertools.count()
-_libc = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float = DEADLINE_S) -> Any:
-    end = time.monotonic() + deadline_s
-    while not (answer := condition()):
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {deadline_s} s: {what or condition}")
-        time.sleep(POLL_S)
-    return answer
 
 
 @pytest.fixture(scope="session")
 def wait_until() -> Callable[..., Any]:
     """`wait_until(condition, what)` → the condition's first true answer; fails after a deadline."""
-    return _wait_until
+    return processes.wait_until
 
 
 # -- what must not be left -----------------------------------------------------------------------------------------
@@ -77,7 +59,7 @@ def nothing_is_left() -> Iterator[None]:
         children = set(psutil.Process().children(recursive=True)) - before
         return [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
 
-    _wait_until(lambda: not ours(), f"end of {ours()}", 5)
+    processes.wait_until(lambda: not ours(), f"end of {ours()}")
 
 
 @contextmanager
@@ -105,20 +87,25 @@ def namespace() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """`free_port()` → a TCP port of 127.0.0.1 that nobody listens on, another one each time."""
-    given: set[int] = set()
+def free_port() -> Iterator[Callable[[], int]]:
+    """`free_port()` → a TCP port of 127.0.0.1 that nobody listens on, another one each time.
 
-    def find() -> int:
-        while True:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = int(probe.getsockname()[1])
-            if port not in given:
-                given.add(port)
-                return port
+    No other run on this machine is given it until this one ends: whoever binds its name in the abstract socket space
+    has it. Nobody has it by chance either: it is none that the kernel picks for connections, or Mooncake at random.
+    """
+    ports = iter(PORTS)
+    with ExitStack() as ours:
 
-    return find
+        def find() -> int:
+            for port in ports:
+                claim = ours.enter_context(socket.socket(socket.AF_UNIX))
+                with suppress(OSError), socket.socket() as probe:
+                    claim.bind(f"\0hotspare-tests.{port}")
+                    probe.bind(("127.0.0.1", port))
+                    return port
+            raise AssertionError(f"no port left of {PORTS}")
+
+        yield find
 
 
 # -- manifests, segments, checkpoints ------------------------------------------------------------------------------
@@ -249,189 +236,60 @@ def expected_blocks() -> Callable[..., dict[ExpertKey, bytes]]:
 # -- processes -----------------------------------------------------------------------------------------------------
 
 
-class Child:
-    """A process that says on stdout how far it is, and goes on when it is told to."""
+@pytest.fixture(scope="session")
+def node_zygote() -> Iterator[Zygote]:
+    """What nodes are forked from: it has imported what they import."""
+    yield (zygote := Zygote(*NODE_MODULES))
+    zygote.close()
 
-    def __init__(self, command: Sequence[str], **options: Any) -> None:
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=_die_with_parent, **options,
-        )  # fmt: skip
-        self._said = b""
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def expect(self, word: str, deadline_s: float = DEADLINE_S) -> str:
-        """Wait for a line that begins with `word`; the rest of that line."""
-        assert self._process.stdout is not None
-        end = time.monotonic() + deadline_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while True:
-                line, newline, rest = self._said.partition(b"\n")
-                if newline:
-                    self._said = rest
-                    if line.startswith(word.encode()):
-                        return line.decode()[len(word) :].strip()
-                    continue
-                assert selector.select(max(0.0, end - time.monotonic())), f"no {word!r} within {deadline_s} s"
-                more = os.read(self._process.stdout.fileno(), 65536)
-                assert more, (
-                    f"it ended before {word!r}: {self._process.stderr and self._process.stderr.read().decode()}"
-                )
-                self._said += more
-
-    def tell(self, word: str = "") -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(word.encode() + b"\n")
-        self._process.stdin.flush()
-
-    def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
-        self._process.kill()
-        self._process.wait(DEADLINE_S)
-
-    def wait(self) -> tuple[int, str, str]:
-        """Wait for its end: exit status, and what it said on stdout and stderr."""
-        out, err = self._process.communicate(timeout=DEADLINE_S)
-        return self._process.returncode, (self._said + out).decode(), err.decode()
-
-    def close(self) -> None:
-        self.kill()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    continue
+@pytest.fixture(scope="session")
+def torch_zygote() -> Iterator[Zygote]:
+    """What engines are forked from: it has imported torch."""
+    yield (zygote := Zygote("torch", "safetensors.torch", "transfer.slots", "transfer.checkpoint", "transfer.push"))
+    zygote.close()
 
 
 @pytest.fixture
-def python(namespace: str) -> Iterator[Callable[..., Child]]:
-    """`python(code, *arguments)` → a `Child` that runs the code; killed at the end of the test."""
-    children: list[Child] = []
-
-    def start(code: str, *arguments: object, prefix: Sequence[str] = (), **options: Any) -> Child:
-        child = Child([*prefix, sys.executable, "-c", code, *map(str, arguments)], **options)
-        children.append(child)
-        return child
-
-    yield start
-    for child in children:
+def children(namespace: str) -> Iterator[list[Child]]:
+    """Processes that are killed at the end of the test, before its namespace is looked through."""
+    started: list[Child] = []
+    yield started
+    for child in started:
         child.close()
 
 
-class Daemon:
-    """A `hotspare serve` of its own process."""
+@pytest.fixture
+def python(children: list[Child], node_zygote: Zygote) -> Callable[..., Child]:
+    """`python(code, *arguments, environment=…, network=…)` → a `Child` that runs it, killed at the end of the test.
 
-    def __init__(
-        self, node_id: str, port: int, options: Sequence[str], environment: Mapping[str, str], log: Path
-    ) -> None:
-        self.node_id = node_id
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = log
-        self._http = httpx.Client(trust_env=False, timeout=DEADLINE_S, verify=False)
-        command = [sys.executable, "-m", "app.cli", "serve", "--node-id", node_id, "--listen", f"127.0.0.1:{port}"]
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("HOTSPARE_", "MC_"))}
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*command, *options], cwd=ROOT, env={**own, **environment}, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, preexec_fn=_die_with_parent,
-            )  # fmt: skip
+    It has imported from the start what nodes import. Behind another command, `prefix`, it has not.
+    """
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
+    def start(code: str, *arguments: object, prefix: Sequence[str] = (), **options: Any) -> Child:
+        command = ["-c", code, *map(str, arguments)]
+        if prefix:
+            children.append(Child(lambda to: start_anew([*prefix, sys.executable, *command], to, cwd=ROOT, **options)))
+        else:
+            children.append(Child(lambda to: node_zygote.fork(command, to, **options)))
+        return children[-1]
 
-    def said(self) -> str:
-        """Everything on its stdout and stderr so far."""
-        return self._log.read_text(errors="replace")
+    return start
 
-    def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
-        return self._http.request(method, self.url + path, **options)
 
-    def get(self, path: str) -> Any:
-        answer = self.ask("GET", path)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+@pytest.fixture
+def python_with_torch(children: list[Child], torch_zygote: Zygote) -> Callable[..., Child]:
+    """`python_with_torch(code, *arguments, environment=…, network=…)`: it has torch, whose import takes seconds."""
 
-    def _answers(self, path: str) -> bool:
-        assert self.process.poll() is None, f"{self.node_id} ended with {self.process.returncode}:\n{self.said()}"
-        try:
-            return self.ask("GET", path).status_code == 200
-        except httpx.HTTPError:
-            return False
+    def start(code: str, *arguments: object, **options: Any) -> Child:
+        children.append(Child(lambda to: torch_zygote.fork(["-c", code, *map(str, arguments)], to, **options)))
+        return children[-1]
 
-    def wait_live(self) -> Daemon:
-        _wait_until(lambda: self._answers("/livez"), f"{self.node_id} live:\n{self.said()}")
-        return self
-
-    def wait_ready(self) -> Daemon:
-        try:
-            _wait_until(lambda: self._answers("/readyz"))
-        except AssertionError as error:
-            raise AssertionError(f"{self.node_id} is not ready: {error}\n{self.said()}") from error
-        return self
-
-    def wait_alive(self, *peers: str) -> Daemon:
-        """Until it sees these peers alive."""
-
-        def seen() -> bool:
-            alive = {n["node_id"] for n in self.get("/v1/nodes")["nodes"] if n["state"] == "alive"}
-            return alive >= set(peers)
-
-        _wait_until(seen, f"{self.node_id} sees {peers}")
-        return self
-
-    def restore(self, target: str | None = None, **body: Any) -> str:
-        """Start a restore; its id."""
-        answer = self.ask("POST", "/v1/restores", json={"target": {"node_id": target or self.node_id}, **body})
-        assert answer.status_code == 202, answer.text
-        return str(answer.json()["id"])
-
-    def wait_restore(self, restore_id: str) -> dict[str, Any]:
-        """Until it has ended; its document."""
-
-        def ended() -> Any:
-            document = self.get(f"/v1/restores/{restore_id}")
-            return document if document["state"] in ("succeeded", "failed", "cancelled") else None
-
-        document: dict[str, Any] = _wait_until(ended, f"end of restore {restore_id}:\n{self.said()}")
-        return document
-
-    def bytes_by_source(self) -> dict[str, int]:
-        """What all its restores together brought."""
-        total = {"local": 0, "peer": 0, "disk": 0}
-        for restore in self.get("/v1/restores")["restores"]:
-            for source, nbytes in restore["bytes_by_source"].items():
-                total[source] += nbytes
-        return total
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
-        self.process.kill()
-        self.process.wait(DEADLINE_S)
-
-    def close(self) -> None:
-        self.kill()
-        self._http.close()
-
-    def stop(self) -> int:
-        """SIGTERM; its exit status."""
-        self.process.terminate()
-        return self.wait()
-
-    def wait(self) -> int:
-        return self.process.wait(DEADLINE_S)
+    return start
 
 
 @contextmanager
-def _serving(namespace: str, directory: Path) -> Iterator[Callable[..., Daemon]]:
+def _serving(zygote: Zygote, namespace: str, directory: Path) -> Iterator[Callable[..., Daemon]]:
     daemons: list[Daemon] = []
 
     def start(
@@ -451,7 +309,7 @@ def _serving(namespace: str, directory: Path) -> Iterator[Callable[..., Daemon]]
             arguments += ["--checkpoint", str(checkpoint)]
         for name, value in options.items():
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-        daemon = Daemon(node_id, ports[node_id], arguments, env or {}, directory / f"{node_id}.log")
+        daemon = Daemon(node_id, ports[node_id], arguments, env or {}, directory / f"{node_id}.log", zygote)
         daemons.append(daemon)
         return daemon
 
@@ -463,19 +321,31 @@ def _serving(namespace: str, directory: Path) -> Iterator[Callable[..., Daemon]]
 
 
 @pytest.fixture(scope="session")
-def serving() -> Callable[..., AbstractContextManager[Callable[..., Daemon]]]:
+def serving(node_zygote: Zygote) -> Callable[..., AbstractContextManager[Callable[..., Daemon]]]:
     """`serving(namespace, directory)` → a `serve` for nodes that outlive one test; they are killed when it ends."""
-    return _serving
+    return partial(_serving, node_zygote)
 
 
 @pytest.fixture
-def serve(namespace: str, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+def serve(node_zygote: Zygote, namespace: str, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
     """`serve(node_id, ports, checkpoint=…, fill=…, env=…, **options)` → a `Daemon`, killed at the end of the test.
 
     `ports` are those of every node of its cluster, by node id.
     """
-    with _serving(namespace, tmp_path) as start:
+    with _serving(node_zygote, namespace, tmp_path) as start:
         yield start
+
+
+@pytest.fixture
+def kept_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Mooncake's engines live until this process exits: destroying one holds the GIL for a second."""
+    start = MooncakeEngine.__init__
+
+    def start_for_good(self: MooncakeEngine, *arguments: Any, **options: Any) -> None:
+        start(self, *arguments, **options)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
+
+    monkeypatch.setattr(MooncakeEngine, "__init__", start_for_good)
 
 
 @pytest.fixture(scope="session")

@@ -43,12 +43,15 @@ class Restore:
         key_of: Callable[[int], ExpertKey],
         progress: Progress | None = None,
         settle: Callable[[], None] = lambda: None,
+        fence: Callable[[], None] = lambda: None,
         reasons: Mapping[int, str] | None = None,
     ) -> None:
         """`tiers` are the sources, nearest first; `offers` says which of them have which row, and where.
 
-        `settle` is called once all is published that could be had, before the report says that it is over. `reasons`
-        is what the report says of a row that could not be had, before what its sources said.
+        `settle` is called once all is published that could be had, before the report says that it is over. `fence`
+        sees to it that no transfer that was given up on can write any more: blocks that one might write to are looked
+        at once more after that, and only then published. Where it raises, they are not. `reasons` is what the report
+        says of a row that could not be had, before what its sources said.
         """
         wants = list(wants)
         self._sources: dict[Hashable, Source] = {source: source for tier in tiers for source in tier}
@@ -59,10 +62,11 @@ class Restore:
         }
         self._totals = len(wants), sum(want.nbytes for want in wants)
         self._ledger = Ledger(wants, offers, parties, reasons)
-        self._presumed: list[Batch] = []
+        self._given_up: list[Batch] = []
         self._destination = destination
         self._key_of = key_of
         self._settle = settle
+        self._fence = fence
         self.progress = progress or Progress()
         self._changed = threading.Condition()
         self._wait_s: float | None = None
@@ -78,9 +82,9 @@ class Restore:
         return self.progress.report()
 
     @property
-    def outstanding(self) -> tuple[Batch, ...]:
-        """Transfers that were given up on: nobody knows whether they have ended."""
-        return (*self._ledger.outstanding, *self._presumed)
+    def given_up(self) -> tuple[Batch, ...]:
+        """The transfers that were given up on: whether they have ended, `fence` saw to, and nobody where it is none."""
+        return (*self._ledger.outstanding, *self._given_up)
 
     def run(self) -> Report:
         """Bring every block that can be had. Never raises for what a source does; the report says what is missing."""
@@ -132,17 +136,21 @@ class Restore:
             with self._changed:
                 if self._broken is not None:
                     raise self._broken
-                if self._ledger.is_over:
+                is_quiet = not self._ledger.is_busy
+                if is_quiet and not self._ledger.outstanding:
                     return
-                if not self._ledger.waits_for:
+                if not is_quiet:
                     self._changed.wait(self._wait_s)
-            self._tell(self._let_outstanding_end)
+            self._end_outstanding() if is_quiet else self._tell(lambda: None)
 
-    def _let_outstanding_end(self) -> None:
-        """When all else has ended, take it that late bytes have come, too: the ledger has each block looked at once
-        more before it is published. That they can come no more is not known here."""
-        for batch in self._ledger.waits_for:
-            self._presumed.append(batch)
+    def _end_outstanding(self) -> None:
+        """Have every transfer that was given up on end: nothing of ours is under way any more."""
+        self._fence()
+        self._tell(self._all_ended)
+
+    def _all_ended(self) -> None:
+        for batch in self._ledger.outstanding:
+            self._given_up.append(batch)
             self._ledger.ended(batch)
 
     def _tell(self, what: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -12,11 +13,12 @@ from app.cluster.peers import PeerClient
 from app.cluster.prober import Prober
 from app.node.caretaker import Caretaker
 from app.node.node import Node
+from app.node.scrubber import Scrubber
 from app.restores.consumers import ConsumerStore
 from app.restores.pushes import PushDesk
 from app.restores.store import RestoreStore
 from app.settings import Settings
-from transfer.engine import TransferEngine
+from transfer.engine import MooncakeEngine, TransferEngine
 from transfer.loop import Loop
 
 _log = logging.getLogger("hotspare.node")
@@ -31,42 +33,50 @@ class Context:
     prober: Prober
     restores: RestoreStore
     caretaker: Caretaker
+    scrubber: Scrubber
     client: PeerClient
     consumers: ConsumerStore
     pushes: PushDesk
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
-    def open(cls, settings: Settings, engine: TransferEngine | None = None) -> Context:
-        """Open the node: claim, adopt or allocate. Blocks; raises what `Node.open` raises, and leaves nothing then."""
+    def open(cls, settings: Settings, start_engine: Callable[[], TransferEngine] | None = None) -> Context:
+        """Open the node: claim, adopt or allocate. Blocks; raises what `Node.open` raises, and leaves nothing then.
+
+        `start_engine` starts a transfer engine: Mooncake's by default.
+        """
         client = PeerClient(settings.token.get_secret_value() if settings.token else None)
         cluster = Cluster(Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace))
         prober = Prober(cluster, client)
-        node = Node(settings, cluster, prober)
+        start = start_engine or (lambda: MooncakeEngine(settings.engine_host, settings.transport))
+        node = Node(settings, cluster, prober, start)
         try:
-            node.open(engine)
+            node.open()
         except BaseException:
             client.close()
             raise
         consumers = ConsumerStore()
         store = RestoreStore(node, client, consumers)
         caretaker = Caretaker(node, prober, store.start_local)
-        return cls(node, cluster, prober, store, caretaker, client, consumers, PushDesk(node, store.mend))
+        scrubber = Scrubber(node, store.mend)
+        return cls(node, cluster, prober, store, caretaker, scrubber, client, consumers, PushDesk(node, store.mend))
 
     @property
     def loops(self) -> tuple[Loop, ...]:
         """Every thread that must live for as long as the daemon does."""
         workers = (worker.loop for worker in self.restores.workers.values())
-        return (self.prober.loop, self.caretaker.loop, *workers)
+        return (self.prober.loop, self.caretaker.loop, self.scrubber.loop, *workers)
 
     def start(self) -> None:
         """Begin to ask the peers, to restore and to bring what is missing, each in a thread."""
         self.restores.start()
         self.prober.start()
         self.caretaker.start()
+        self.scrubber.loop.start()
 
     def stop(self) -> None:
         """End every thread, then let the segment go: sealed, it stays for the next daemon. Blocks."""
+        self.scrubber.loop.stop()
         self.caretaker.stop()
         self.restores.stop()
         self.prober.stop()

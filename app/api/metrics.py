@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from app.api.context import Context
 from app.cluster.membership import PeerState
+from app.node.holding import Holding
 from app.node.node import NodeState
 from app.restores.local import LocalRestore
 from transfer.progress import RestoreState
@@ -38,6 +40,7 @@ class NodeCollector:
         yield self._by_label("hotspare_peers", "Peers by what this node thinks of them.", "state", {
             state.value: peers[state] for state in PeerState
         })  # fmt: skip
+        yield from self._proofs(holding)
         failures = CounterMetricFamily(
             "hotspare_thread_failures",
             "Turns of a thread that must live that ended in an unforeseen error, after which it went on.",
@@ -47,6 +50,26 @@ class NodeCollector:
             failures.add_metric([loop.name], loop.failures)
         yield failures
         yield from self._restores()
+
+    def _proofs(self, holding: Holding | None) -> Iterator[Metric]:
+        scrubber = self._context.scrubber
+        proved = CounterMetricFamily(
+            "hotspare_scrubbed_blocks", "Blocks proved in the background, by what was found.", labels=["found"]
+        )
+        proved.add_metric(["right"], scrubber.proved)
+        proved.add_metric(["wrong"], scrubber.rotten)
+        yield proved
+        yield CounterMetricFamily(
+            "hotspare_mended_entries",
+            "Headers, manifests and entries of the block table that were found damaged and written anew.",
+            value=scrubber.mended,
+        )
+        unproved = holding.proofs.unproved(holding.published()) if holding else 0
+        yield GaugeMetricFamily("hotspare_blocks_unproved", "Published blocks never proved yet.", value=unproved)
+        oldest = holding.proofs.oldest(holding.published()) if holding else None
+        if oldest is not None:
+            age_s = (datetime.now(UTC) - oldest).total_seconds()
+            yield GaugeMetricFamily("hotspare_proof_age_seconds", "Age of the oldest proof of a block.", value=age_s)
 
     def _restores(self) -> Iterator[Metric]:
         restores = self._context.restores

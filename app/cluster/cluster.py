@@ -14,10 +14,22 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from app.cluster.membership import Membership, NodeReport, Peer, PeerState
 from app.cluster.peers import PeerBlocks
+from shm.errors import ManifestError
 from shm.manifest import Manifest
+
+
+class Version(NamedTuple):
+    """One content of the model: digests of its manifest and of its bytes, in hex."""
+
+    manifest_digest: str
+    content_digest: str
+
+    def __str__(self) -> str:
+        return f"manifest {self.manifest_digest[:12]}… content {self.content_digest[:12]}…"
 
 
 class Cluster:
@@ -28,6 +40,7 @@ class Cluster:
         self._membership = membership
         self._clock = clock or (lambda: time.monotonic())
         self._manifest: Manifest | None = None
+        self._content_digest: str | None = None
         self._blocks: dict[str, PeerBlocks] = {}
         self._last_seen: dict[str, datetime] = {}
         self._lock = threading.RLock()
@@ -38,12 +51,15 @@ class Cluster:
 
     # -- events ----------------------------------------------------------------------------------------------
 
-    def use_manifest(self, manifest: Manifest, placement_digest: str) -> None:
-        """From now on, peers with this manifest are sources, and those with another are not."""
+    def use_manifest(self, manifest: Manifest, placement_digest: str, content_digest: str | None) -> None:
+        """From now on, peers with this manifest and this content are sources, and those with others are not.
+
+        While the content is None, nobody is.
+        """
         with self._lock:
-            self._manifest = manifest
+            self._manifest, self._content_digest = manifest, content_digest
             self._blocks.clear()
-            self._membership.use_manifest(manifest.digest, placement_digest)
+            self._membership.use_manifest(manifest.digest, placement_digest, content_digest)
 
     def failed(self, node_id: str, error: str, asked_at: float) -> None:
         """What a peer was asked at `asked_at` brought nothing."""
@@ -61,12 +77,21 @@ class Cluster:
                 return None
             self._last_seen[node_id] = datetime.now(UTC)
             manifest, known = self._manifest, self._blocks.get(node_id)
-            if manifest is None or seen.conflict or not report.session_id or report.manifest_digest != manifest.digest:
+            if manifest is None or seen.conflict or not report.session_id or not self._is_ours(report):
                 self._blocks.pop(node_id, None)
                 return None
             if known is not None and (known.session_id, known.revision) == (report.session_id, report.revision):
                 return None
             return manifest
+
+    def _is_ours(self, report: NodeReport) -> bool:
+        """Whether a peer has the very bytes that we have, or are to have."""
+        content = self._content_digest
+        return (
+            self._manifest is not None
+            and content is not None
+            and ((report.manifest_digest, report.content_digest) == (self._manifest.digest, content))
+        )
 
     def holds(self, node_id: str, report: NodeReport, manifest: Manifest, blocks: PeerBlocks) -> None:
         """A peer that said `report` has these blocks of `manifest`."""
@@ -104,15 +129,39 @@ class Cluster:
         held = sorted(self.holdings().items())
         return ";".join(f"{node}={blocks.session_id}@{blocks.revision}" for node, blocks in held)
 
-    def manifest_holders(self) -> dict[str, list[Peer]]:
-        """Peers that can be used, by the digest of their manifest. More than one digest: they disagree."""
-        holders: dict[str, list[Peer]] = {}
+    def versions(self) -> dict[Version, list[Peer]]:
+        """Peers that can be used, by what they have: the most common first. More than one: they disagree."""
+        holders: dict[Version, list[Peer]] = {}
         for peer in self.peers():
-            digest = peer.report.manifest_digest if peer.report else None
-            if digest and peer.state is not PeerState.UNREACHABLE and peer.conflict is None:
-                holders.setdefault(digest, []).append(peer)
-        return holders
+            report = peer.report
+            if report is None or peer.state is PeerState.UNREACHABLE or peer.conflict is not None:
+                continue
+            if report.manifest_digest and report.content_digest:
+                holders.setdefault(Version(report.manifest_digest, report.content_digest), []).append(peer)
+        return dict(sorted(holders.items(), key=lambda item: (-len(item[1]), item[0])))
 
-    def has_manifest(self) -> bool:
-        """Whether a peer that answers has a manifest."""
-        return bool(self.manifest_holders())
+    def has_version(self) -> bool:
+        """Whether a peer that answers has content."""
+        return bool(self.versions())
+
+    def choose(self) -> Version | None:
+        """What a node that has nothing is to have: what most peers have; None while that cannot be said yet.
+
+        More than half of all peers settle it at once. Else every peer is waited for until it has answered or is given
+        up, so that one that answers first, with something of its own, does not decide. Raises ManifestError for a tie.
+        """
+        versions, peers = self.versions(), self.peers()
+        if not versions:
+            return None
+        (first, holders), *others = versions.items()
+        if 2 * len(holders) > len(peers):
+            return first
+        if any(peer.state is PeerState.SUSPECT for peer in peers):
+            return None
+        if others and len(others[0][1]) == len(holders):
+            said = "; ".join(f"{', '.join(p.node_id for p in each)}: {v}" for v, each in versions.items())
+            raise ManifestError(
+                f"peers disagree on the weights, and none has more on its side ({said}): they serve different "
+                "checkpoints under one model name; stop those that are wrong, or give this node --checkpoint"
+            )
+        return first

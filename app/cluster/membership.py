@@ -48,6 +48,8 @@ class NodeReport:
     namespace: str
     state: str
     manifest_digest: str | None = None
+    content_digest: str | None = None
+    """Of the bytes: None while it has pinned none, and of a node that is too old to say."""
     session_id: str = ""
     """Empty while it has no transfer engine."""
     revision: str = ""
@@ -66,6 +68,7 @@ class NodeReport:
             namespace=_text(document, "namespace"),
             state=_text(document, "state"),
             manifest_digest=_text_or_none(document, "manifest_digest"),
+            content_digest=_text_or_none(document, "content_digest"),
             session_id=_text_or_none(document, "session_id") or "",
             revision=_text_or_none(document, "revision") or "",
             replicas=replicas,
@@ -124,13 +127,18 @@ class Membership:
         self._model = model
         self._namespace = namespace
         self._manifest_digest: str | None = None
+        self._content_digest: str | None = None
         self._placement_digest: str | None = None
         self._known = {check_name("node", node_id): Peer(node_id, peers[node_id]) for node_id in sorted(peers)}
         self._last_event = 0.0
 
-    def use_manifest(self, digest: str, placement_digest: str | None = None) -> None:
-        """This node's manifest from now on, and how it places it: peers are compared with both."""
+    def use_manifest(self, digest: str, placement_digest: str | None = None, content_digest: str | None = None) -> None:
+        """This node's manifest from now on, how it places it, and which content it has: peers are compared with them.
+
+        While the content is None it is not known yet, and no peer differs in it.
+        """
         self._manifest_digest, self._placement_digest = digest, placement_digest
+        self._content_digest = content_digest
 
     # -- events ----------------------------------------------------------------------------------------------
 
@@ -198,6 +206,11 @@ class Membership:
             return (
                 f"manifest digest {_shown(report.manifest_digest)} differs from ours, {_shown(self._manifest_digest)}: "
                 "one of the two nodes was filled from another checkpoint"
+            )
+        if _differ(report.content_digest, self._content_digest):
+            return (
+                f"content {_shown(report.content_digest)} differs from ours, {_shown(self._content_digest)}: it keeps "
+                "other weights under the same names, a fine-tune or an earlier release; nothing is shared with it"
             )
         return None
 

@@ -13,10 +13,10 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
-from app.cluster.cluster import Cluster
+from app.cluster.cluster import Cluster, Version
 from app.cluster.membership import NodeReport, Peer
 from app.cluster.peers import PeerClient
-from shm.errors import HotspareError, ManifestError
+from shm.errors import HotspareError
 from shm.manifest import Manifest
 from transfer.loop import Loop
 
@@ -28,7 +28,7 @@ _log = logging.getLogger("hotspare.cluster")
 
 
 class Prober:
-    """Asks every peer, again and again, and tells the cluster's view. `look` and `fetch_manifest` block."""
+    """Asks every peer, again and again, and tells the cluster's view. `look` and `fetch_version` block."""
 
     def __init__(self, cluster: Cluster, client: PeerClient) -> None:
         self.loop = Loop("hotspare-prober", self._turn)
@@ -92,18 +92,22 @@ class Prober:
             return
         self._cluster.holds(peer.node_id, report, manifest, blocks)
 
-    def fetch_manifest(self) -> Manifest | None:
-        """The peers' manifest; None while none that answers has one. Raises ManifestError if they disagree."""
-        holders = self._cluster.manifest_holders()
-        if len(holders) > 1:
-            said = "; ".join(f"{', '.join(p.node_id for p in peers)}: {d[:12]}…" for d, peers in holders.items())
-            raise ManifestError(
-                f"peers disagree on the manifest ({said}): they serve different checkpoints under one model name; "
-                "stop those that are wrong, or give this node --checkpoint"
-            )
-        for peer in next(iter(holders.values()), []):
+    def fetch_version(self) -> tuple[Manifest, Version] | None:
+        """What most peers have, and its manifest; None while that cannot be had. Raises ManifestError for a tie."""
+        version = self._cluster.choose()
+        if version is None:
+            return None
+        versions = self._cluster.versions()
+        for other, peers in versions.items():
+            if other != version:
+                named = ", ".join(peer.node_id for peer in peers)
+                _log.error("%s: other weights than most (%s, not %s); nothing is taken of it", named, other, version)
+        for peer in versions.get(version, ()):
             try:
-                return self._client.manifest(peer.url)
+                manifest = self._client.manifest(peer.url)
             except HotspareError as error:
                 _log.warning("the manifest of %s could not be had: %s", peer.node_id, error)
+                continue
+            if manifest.digest == version.manifest_digest:
+                return manifest, version
         return None

@@ -11,7 +11,6 @@ from app.cluster.cluster import Cluster
 from shm.block import DENSE
 from shm.errors import BlockUnavailable
 from shm.manifest import Manifest
-from shm.segment import Segment
 
 
 def select(manifest: Manifest, layer: int | None, expert: int | None) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -24,17 +23,6 @@ def select(manifest: Manifest, layer: int | None, expert: int | None) -> np.ndar
         asked = " ".join(f"{n} {v}" for n, v in (("layer", layer), ("expert", expert)) if v is not None)
         raise BlockUnavailable(f"{manifest.model} keeps no block of {asked}")
     return np.flatnonzero(chosen)
-
-
-def node_replicas(segment: Segment, node_id: str, session_id: str) -> dict[int, tuple[str, dict[str, Any]]]:
-    """A node's own published blocks: row → (checksum in hex, where it is)."""
-    return {
-        row: (
-            segment.checksum(row).hex(),
-            {"node_id": node_id, "session_id": session_id, "address": segment.address(row)},
-        )
-        for row in segment.published().tolist()
-    }
 
 
 def cluster_replicas(cluster: Cluster) -> Iterator[dict[int, tuple[str, dict[str, Any]]]]:

@@ -1,88 +1,60 @@
-"""The checkpoint directory that a node was given, and whether what it holds is of it.
+"""The checkpoint directory that a node was given, and which content it has now.
 
-A restart has to be quick: parsing the headers of DeepSeek-V3 takes a second or two, which it has not. So they are read
-only where the files are not those that the adopted manifest was made of, and bytes are compared only where the files'
-identity leaves a doubt (`transfer.checkpoint.origin`).
+Files may be exchanged or overwritten at any time, a minute before the node starts or in the middle of a fill. So
+nothing is concluded from the directory's name: its content is told from bytes, once, and then held to by the files'
+identity (`transfer.checkpoint.content`). A restart has to be quick, and parsing the headers of DeepSeek-V3 takes a
+second or two: where a segment remembers the very files that are there, neither headers nor samples are read again.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from shm.block import ExpertKey
 from shm.manifest import Manifest
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, changed_files, read_checkpoint
-from transfer.checkpoint.origin import first_difference, identity
+from transfer.checkpoint.content import PinnedCheckpoint, identities, origin_of, pin
 from transfer.errors import CheckpointError
 
 _log = logging.getLogger("hotspare.node")
 
 
 class OwnCheckpoint:
-    """A node's `--checkpoint`, read when it is first needed, and looked for again where it could not be read."""
+    """A node's `--checkpoint`, looked at anew whenever it is to serve. Not thread-safe."""
 
     def __init__(self, directory: Path | None, model: str, include: Literal["experts", "all"]) -> None:
         self.directory = directory
         self._model = model
         self._include = include
-        self.read: Checkpoint | None = None
-        """What was read of it; None before, and where there is none."""
+        self._pinned: PinnedCheckpoint | None = None
 
-    def open(self) -> Checkpoint | None:
-        """Read its headers, once; None where the node has none. Raises CheckpointError."""
-        if self.read is None and self.directory is not None:
-            self.read = read_checkpoint(str(self.directory), self._model, self._include)
-        return self.read
+    def _read(self, directory: Path) -> Checkpoint:
+        return read_checkpoint(str(directory), self._model, self._include)
 
-    def open_beside(self, manifest: Manifest) -> None:
-        """The same for a node that has this manifest: headers are parsed only if they may be others. Never raises."""
+    def pinned(self, segment: Segment) -> PinnedCheckpoint | None:
+        """The directory as it is now, beside a segment that may have been filled from it; None without one.
+
+        Raises CheckpointError where it cannot be read now.
+        """
         if self.directory is None:
-            return
-        try:
-            self.read = self._unchanged(self.directory, manifest) or self.open()
-        except CheckpointError as error:
-            _log.warning("adopting the sealed segment without its checkpoint: %s", error)
-
-    def _unchanged(self, directory: Path, manifest: Manifest) -> Checkpoint | None:
-        with suppress(CheckpointError):  # also where files have other names now
-            if manifest.include == self._include and not changed_files(directory, manifest):
-                # A copy: a manifest on the segment's own pages would keep them mapped when the segment is given up.
-                return Checkpoint(directory, Manifest.from_bytes(manifest.to_bytes(), manifest.digest))
-        return None
-
-    def serving(self, manifest: Manifest) -> Checkpoint | None:
-        """The checkpoint as a source of this manifest's blocks; None where it is not there now, or another's."""
-        try:
-            checkpoint = self.open()
-        except CheckpointError as error:
-            _log.warning("the disk cannot serve: %s", error)
             return None
-        return checkpoint if checkpoint is not None and checkpoint.manifest.digest == manifest.digest else None
+        if self._pinned is None or not self._pinned.is_unchanged():
+            self._pinned = self._as_remembered(self.directory, segment) or pin(self._read(self.directory))
+        return self._pinned
 
-
-def is_content_of(checkpoint: Checkpoint, segment: Segment) -> bool:
-    """Whether the segment was filled from these files, or from others with the same bytes, as far as can be seen."""
-    if checkpoint.manifest.digest != segment.manifest.digest:
-        return False
-    if (key := difference(checkpoint, segment)) is not None:
-        _log.warning("%s differs between the segment and %s", key, checkpoint.directory)
-    return key is None
-
-
-def difference(checkpoint: Checkpoint, segment: Segment) -> ExpertKey | None:
-    """The first block that differs from the files; None, with the files' identity noted, where none is seen to."""
-    try:
-        origin = identity(checkpoint)
-        if segment.header.origin == origin:
+    def _as_remembered(self, directory: Path, segment: Segment) -> PinnedCheckpoint | None:
+        """Where the files are those that the segment was filled from, its content is theirs."""
+        header = segment.header
+        if not segment.is_allocated or not any(header.content_digest) or segment.manifest.include != self._include:
             return None
-        key = first_difference(checkpoint, segment)
-    except CheckpointError as error:
-        _log.warning("the content was not compared with the checkpoint: %s", error)
-        return None
-    if key is None:
-        segment.record_origin(origin)
-    return key
+        # A copy: a manifest on the segment's own pages would keep them mapped when the segment is given up.
+        manifest = Manifest.from_bytes(segment.manifest.to_bytes(), segment.manifest.digest)
+        checkpoint = Checkpoint(directory, manifest)
+        try:
+            files = identities(checkpoint)
+            is_same = origin_of(files) == header.origin and not changed_files(directory, manifest)
+        except CheckpointError:  # files may have other names now
+            return None
+        return PinnedCheckpoint(checkpoint, header.content_digest, files) if is_same else None

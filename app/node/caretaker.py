@@ -14,13 +14,12 @@ from typing import Protocol
 
 import numpy as np
 
-from app.cluster.placement import Int64s
 from app.cluster.prober import Prober
 from app.node.holding import Holding
 from app.node.node import Node
-from app.node.upkeep import Seen, Task, Upkeep
+from app.node.upkeep import Seen, Upkeep
 from shm.block import ExpertKey
-from shm.layout import BlockState, SegmentState
+from shm.layout import BlockState
 from transfer.loop import Loop
 from transfer.progress import Progress
 from transfer.sources import SourceKind
@@ -39,18 +38,8 @@ class Bringing(Protocol):
     def progress(self) -> Progress: ...
 
 
-class Bring(Protocol):
-    """Starts a restore of these experts, or of all that belongs here, from these kinds of sources.
-
-    `prepare` is called in the thread that does it, before it is planned.
-    """
-
-    def __call__(
-        self,
-        experts: tuple[ExpertKey, ...] | None,
-        kinds: Collection[SourceKind],
-        prepare: Callable[[], None] | None = None,
-    ) -> Bringing: ...
+Bring = Callable[[tuple[ExpertKey, ...] | None, Collection[SourceKind]], Bringing]
+"""Starts a restore of these experts, or of all that belongs here, from these kinds of sources."""
 
 
 class Caretaker:
@@ -91,16 +80,12 @@ class Caretaker:
         if holding is None or len(holding.missing()):
             self._prober.look()  # what peers have now may be what is missing
         task = self._upkeep.next(self._seen(holding), time.monotonic())
-        return None if task is None else self._start(task)
-
-    def _start(self, task: Task) -> Bringing:
-        prepare = self._node.replace_foreign if task.replaces else None
-        return self._bring(task.experts, task.kinds, prepare)
+        return None if task is None else self._bring(task.experts, task.kinds)
 
     def _seen(self, holding: Holding | None) -> Seen:
         cluster = self._node.cluster
         if holding is None:
-            return Seen(False, cluster.has_manifest(), (), (), False, cluster.revision())
+            return Seen(False, cluster.has_version(), (), (), cluster.revision())
         keys, missing = holding.manifest.keys, holding.missing()
         hidden = holding.segment.rows(BlockState.QUARANTINED)
         once = [row for row in np.intersect1d(missing, hidden).tolist() if holding.is_recorded(row)]
@@ -109,10 +94,5 @@ class Caretaker:
             can_begin=True,
             missing=tuple(keys[row] for row in missing.tolist()),
             damaged=tuple(keys[row] for row in once),
-            is_unsettled=self._is_unsettled(holding, missing),
             sources=cluster.revision(),
         )
-
-    def _is_unsettled(self, holding: Holding, missing: Int64s) -> bool:
-        may_differ = self._node.checkpoint.read is not None and self._node.settings.fill == "auto"
-        return may_differ and not len(missing) and holding.segment.state is not SegmentState.SEALED

@@ -10,17 +10,20 @@ import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+from app.node.holding import Holding
 from shm.checksum import checksum
-from shm.segment import Segment
 from transfer.destination import Landing, Resident
+from transfer.errors import RestoreError
 from transfer.plan import Piece, Want
 
 
 class SegmentDestination:
-    """A segment of ours as where a restore puts blocks."""
+    """A segment of ours as where a restore puts blocks: each must be of its content, wherever it came from."""
 
-    def __init__(self, segment: Segment) -> None:
-        self._segment = segment
+    def __init__(self, holding: Holding) -> None:
+        self._segment = holding.segment
+        self._content = holding.disk.content if holding.disk else None
+        self._proofs = holding.proofs
 
     def take(self, blocks: Sequence[Resident]) -> Mapping[int, bytes]:
         """Blocks that lie where they belong are only to be verified, which is left to the restore."""
@@ -47,4 +50,7 @@ class SegmentDestination:
         return found
 
     def publish(self, want: Want, checksum: bytes) -> None:
+        if self._content is not None and not self._content.has(want.row, self._segment.block(want.row)):
+            raise RestoreError("its bytes are not of the content that this node keeps: were its files exchanged?")
         self._segment.publish(want.row, checksum)
+        self._proofs.note(want.row)

@@ -7,18 +7,21 @@ A holding that was replaced stays readable for as long as somebody has it: its m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from app.cluster.placement import Int64s, Placement
+from app.node.proofs import Proofs
 from shm.block import ExpertKey
 from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import InvalidInput
 from shm.layout import SegmentState
 from shm.manifest import Manifest
 from shm.segment import Segment
+from transfer.checkpoint.content import PinnedCheckpoint
 
 UNKNOWN_CHECKSUM = bytes(CHECKSUM_NBYTES)  # of a block that was never published here
 
@@ -33,8 +36,19 @@ class Holding:
     segment: Segment
     manifest: Manifest
     placement: Placement
+    content: bytes
+    """The content digest of the bytes that its blocks have, or are to have: 16 bytes."""
+    disk: PinnedCheckpoint | None
+    """The checkpoint, as a source of that very content; None where there is none."""
+    proofs: Proofs
+    """When each of its blocks was last proved."""
     registered: Ranges
     """(address, nbytes) of its memory that is open to the transfer engine."""
+
+    @property
+    def content_digest(self) -> str:
+        """The same in hex."""
+        return self.content.hex()
 
     @property
     def revision(self) -> str:
@@ -55,6 +69,23 @@ class Holding:
     def is_recorded(self, row: int) -> bool:
         """Whether the block was published here once: then its checksum is on record."""
         return self.segment.checksum(row) != UNKNOWN_CHECKSUM
+
+    @property
+    def address_told(self) -> Callable[[int], int]:
+        """Manifest row → where peers find the block: in the view of our memory that is open to the engine."""
+        is_view = set(self.registered) <= set(self.segment.served_ranges())
+        return self.segment.served_address if is_view else self.segment.address
+
+    def replicas(self, session_id: str) -> dict[int, tuple[str, dict[str, Any]]]:
+        """What is published here, as the shard map has it: row → (checksum in hex, where it is)."""
+        address = self.address_told
+        return {
+            row: (
+                self.segment.checksum(row).hex(),
+                {"node_id": self.node_id, "session_id": session_id, "address": address(row)},
+            )
+            for row in self.published().tolist()
+        }
 
     def checks(self) -> dict[str, bool]:
         """What READY consists of."""

@@ -15,7 +15,7 @@ reservation of hundreds of gigabytes or for a comparison with files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -26,24 +26,30 @@ from app.cluster.cluster import Cluster
 from app.cluster.peers import PeerBlocks
 from app.cluster.placement import Int64s, Placement
 from app.cluster.prober import Prober
-from app.node.adoption import OwnCheckpoint, difference, is_content_of
+from app.node.adoption import OwnCheckpoint
 from app.node.destination import SegmentDestination
 from app.node.holding import NOTHING, Holding
 from app.node.offering import DISK, offer
+from app.node.proofs import Proofs
 from app.settings import Settings
 from shm.block import ExpertKey
 from shm.errors import InvalidInput, ManifestError
 from shm.layout import BlockState, SegmentName, SegmentState
 from shm.manifest import Manifest
 from shm.segment import Segment
-from transfer.engine import MooncakeEngine, TransferEngine
-from transfer.errors import NothingToRestore
+from transfer.checkpoint.content import DIGEST_NBYTES, PinnedCheckpoint
+from transfer.engine import DisposableEngine, TransferEngine
+from transfer.errors import CheckpointError, NothingToRestore
 from transfer.plan import Want
 from transfer.progress import Progress
 from transfer.restore import Restore
 from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind, reading
 
 IN_PLACE = "in place"
+
+UNKNOWN_ORIGIN = bytes(DIGEST_NBYTES)  # of content that came from peers
+
+RDMA = "rdma"
 
 _log = logging.getLogger("hotspare.node")
 
@@ -60,15 +66,22 @@ class NodeState(StrEnum):
 class Node:
     """One node. `open`, `plan_restore` and `run` block; what is read of it is for any thread."""
 
-    def __init__(self, settings: Settings, cluster: Cluster, prober: Prober) -> None:
+    def __init__(
+        self, settings: Settings, cluster: Cluster, prober: Prober, start_engine: Callable[[], TransferEngine]
+    ) -> None:
+        """`start_engine` starts a transfer engine, and raises EngineError where it cannot."""
         self.settings = settings
         self.cluster = cluster
         self.name = SegmentName(settings.namespace, settings.require_model(), settings.node_id)
         self.checkpoint = OwnCheckpoint(settings.checkpoint, self.name.model, settings.include)
         self.engine: TransferEngine | None = None
+        """Serves what is published to peers. None until `open`."""
         self.holding: Holding | None = None
         """None while there is no manifest. Read it once, and go by what was read."""
         self._prober = prober
+        self._start_engine = start_engine
+        self._reader = DisposableEngine(start_engine)
+        """Reads from peers. Thrown away after a transfer that was given up on, and by `close`."""
         self._segment: Segment | None = None
         self.is_restoring = False
         """Whether a restore into the segment is under way."""
@@ -76,33 +89,50 @@ class Node:
 
     # -- starting --------------------------------------------------------------------------------------------
 
-    def open(self, engine: TransferEngine | None = None) -> None:
-        """Claim the segment, start an engine if none is given, and adopt what a predecessor left, if it is right.
+    def open(self) -> None:
+        """Claim the segment, start an engine, and adopt what a predecessor left, if it is right.
 
         Raises SegmentBusy, EngineError, CheckpointError, SharedMemoryFull: none of them leaves a segment behind.
         """
         self._segment = Segment.claim(self.name)
+        if (found := self._segment.found).parts or found.rows:
+            _log.error("%s: %s was damaged in memory; what could be made again was", self.name, found)
         try:
-            self.engine = engine or MooncakeEngine(self.settings.engine_host, self.settings.transport)
+            self.engine = self._start_engine()
             if self._segment.is_allocated:
                 self._adopt(self._segment)
-            elif (checkpoint := self.checkpoint.open()) is not None:
-                self.use_manifest(checkpoint.manifest)
+            elif (pinned := self.checkpoint.pinned(self._segment)) is not None:
+                self._take(pinned)
         except BaseException:
             self.close()
             raise
 
     def _adopt(self, segment: Segment) -> None:
-        self.checkpoint.open_beside(segment.manifest)
-        checkpoint = self.checkpoint.read
-        if checkpoint is None or is_content_of(checkpoint, segment):
-            self.use_manifest(segment.manifest)
+        try:
+            pinned = self.checkpoint.pinned(segment)
+        except CheckpointError as error:
+            _log.warning("adopting the sealed segment without its checkpoint: %s", error)
+            pinned = None
+        content = segment.header.content_digest
+        if pinned is not None and (pinned.digest, pinned.checkpoint.manifest) != (content, segment.manifest):
+            _log.warning("the sealed segment is of other weights than %s: filling anew", self.checkpoint.directory)
+            self.start_over(pinned)
+        elif pinned is not None:
+            self._take(pinned)
         else:
-            _log.warning("the sealed segment is of another checkpoint than %s: filling anew", checkpoint.directory)
-            self.start_over(checkpoint.manifest)
+            self._use(segment.manifest, content, segment.header.origin)
 
-    def use_manifest(self, manifest: Manifest) -> None:
-        """Take this manifest for the model's: place its blocks, make room for ours, open it to the engine."""
+    def _take(self, pinned: PinnedCheckpoint) -> None:
+        """Have the content of our checkpoint from now on."""
+        self._use(pinned.checkpoint.manifest, pinned.digest, pinned.origin, pinned)
+
+    def _use(
+        self, manifest: Manifest, content: bytes, origin: bytes = UNKNOWN_ORIGIN, disk: PinnedCheckpoint | None = None
+    ) -> None:
+        """Take this for what the model is: place its blocks, make room for ours, open it to the engine.
+
+        `content` is the digest of the bytes that they have, or are to have; it is on record before the first of them.
+        """
         settings, segment = self.settings, self.segment
         if manifest.model != self.name.model:
             raise ManifestError(f"the manifest is of {manifest.model!r}, this node serves {self.name.model!r}")
@@ -112,24 +142,42 @@ class Node:
             segment.extend(rows)
         else:
             segment.allocate(manifest, rows)
-        holding = Holding(settings.node_id, segment, manifest, placement, ())
-        self.holding = replace(holding, registered=self._register(segment))
-        self.cluster.use_manifest(manifest, placement.digest)
+        segment.record_content(content)
+        segment.record_origin(origin)
+        proofs, registered = Proofs(len(manifest)), self._register(segment)
+        self.holding = Holding(settings.node_id, segment, manifest, placement, content, disk, proofs, registered)
+        self.cluster.use_manifest(manifest, placement.digest, content.hex())
 
     def _register(self, segment: Segment) -> tuple[tuple[int, int], ...]:
-        """Open the segment's memory to the engine, as far as it is not yet; what is open then."""
-        before, ranges = self.holding.registered if self.holding else (), segment.data_ranges()
+        """Open what others may read to the engine, as far as it is not yet; what is open then.
+
+        That is a view of the segment's memory through which nobody can write: what a peer asks to be written there is
+        refused, whatever it calls us (tried over TCP). Over RDMA the card's driver refuses such a view.
+        """
+        before = self.holding.registered if self.holding else ()
+        is_rdma = self.settings.transport == RDMA
+        ranges = segment.data_ranges() if is_rdma else segment.served_ranges()
+        new = [each for each in ranges if each not in before]
         if self.engine is not None:
-            self.engine.register([each for each in ranges if each not in before])
+            self.engine.register(new)
+        if is_rdma:  # where bytes are read to must be registered there, too
+            self._reader.register(new)
         return tuple(ranges)
 
-    def start_over(self, manifest: Manifest) -> None:
-        """Give the segment's content up, and make room for that of this manifest in a new one."""
+    def start_over(self, pinned: PinnedCheckpoint) -> None:
+        """Give the segment's content up, and make room for that of a checkpoint in a new one."""
         before, self.holding = self.holding, None
-        if self.engine is not None and before is not None:
-            self.engine.unregister(before.registered)
+        if before is not None:
+            self._withdraw(before)
         self._segment = self.segment.renew()
-        self.use_manifest(manifest)
+        self._take(pinned)
+
+    def _withdraw(self, holding: Holding) -> None:
+        """Close to others what `_register` opened."""
+        if self.engine is not None:
+            self.engine.unregister(holding.registered)
+        if self.settings.transport == RDMA:
+            self._reader.unregister(holding.registered)
 
     # -- what is so ------------------------------------------------------------------------------------------
 
@@ -197,35 +245,62 @@ class Node:
         """A restore of these experts into our segment, ready to run. Asks the peers what they have now."""
         if SourceKind.PEER in kinds:
             self._prober.look()
-        if self.holding is None and (manifest := self._prober.fetch_manifest()) is not None:
-            self.use_manifest(manifest)
+        if self.holding is None and (found := self._prober.fetch_version()) is not None:
+            manifest, version = found
+            self._use(manifest, bytes.fromhex(version.content_digest))
             self._prober.look()
+        self._look_at_disk(self._held())
+        self._reader.fence()  # what an earlier restore could not end must not write into this one's blocks
         holding = self._held()
         rows = holding.rows_of(experts).tolist()
-        checkpoint = self.checkpoint.serving(holding.manifest) if SourceKind.DISK in kinds else None
+        disk = holding.disk if SourceKind.DISK in kinds else None
         tiers, offered = offer(
             holding,
             rows,
             self.cluster,
             HostMemory(IN_PLACE, holding.segment, lanes=1),
             self._reach if SourceKind.PEER in kinds else None,
-            None if checkpoint is None else Disk(DISK, lambda: checkpoint),
+            None if disk is None else Disk(DISK, lambda: disk.checkpoint),
         )
         nbytes, keys = holding.manifest.nbytes, holding.manifest.keys
         return Restore(
             [Want(row, int(nbytes[row]), offered.expected.get(row)) for row in rows],
             offered.by_row,
             tiers,
-            SegmentDestination(holding.segment),
+            SegmentDestination(holding),
             keys.__getitem__,
             progress,
             partial(self._settle, holding),
+            self._reader.fence,
             offered.reasons,
         )
 
     def _reach(self, node_id: str, held: PeerBlocks) -> PeerMemory:
-        assert self.engine is not None
-        return PeerMemory(node_id, reading(self.engine, held.session_id))
+        return PeerMemory(node_id, reading(self._reader, held.session_id))
+
+    def _look_at_disk(self, holding: Holding) -> None:
+        """Take the checkpoint for a source as long as it has the content that we hold.
+
+        Where it has other content, and ours never was complete, the checkpoint's takes its place: nobody was given any.
+        """
+        try:
+            pinned = self.checkpoint.pinned(holding.segment)
+        except CheckpointError as error:  # as a source it says so itself, block by block
+            _log.warning("the disk cannot serve: %s", error)
+            return
+        if pinned is None or pinned is holding.disk:
+            return
+        if (pinned.digest, pinned.checkpoint.manifest) == (holding.content, holding.manifest):
+            self.holding = replace(holding, disk=pinned)
+        elif holding.segment.state is SegmentState.SEALED:
+            _log.error(
+                "%s has other weights now than this node keeps: nothing is read of it; restart the node to take them",
+                pinned.checkpoint.directory,
+            )
+            self.holding = replace(holding, disk=None)
+        else:
+            _log.warning("%s has other weights now: starting over with them", pinned.checkpoint.directory)
+            self.start_over(pinned)
 
     def run(self, restore: Restore) -> None:
         """Run a planned restore to its end. What is complete then is sealed before the restore says it is over."""
@@ -239,30 +314,8 @@ class Node:
         segment = holding.segment
         if holding is not self.holding or len(holding.missing()):
             return
-        differs = self._difference(holding) is not None
-        if differs and self.settings.fill == "auto" and segment.state is not SegmentState.SEALED:
-            return  # no reader may find what the caretaker is about to replace by the checkpoint's own
         if not len(segment.rows(BlockState.RESERVED, BlockState.QUARANTINED)):
             segment.seal()
-
-    def _difference(self, holding: Holding) -> ExpertKey | None:
-        """A block of ours that is not the checkpoint's; None where none is seen to differ."""
-        checkpoint = self.checkpoint.read
-        if checkpoint is None or checkpoint.manifest.digest != holding.manifest.digest:
-            return None
-        return difference(checkpoint, holding.segment)
-
-    def replace_foreign(self) -> None:
-        """Start over, for the checkpoint's content, where what is complete here and unsealed is other content.
-
-        Peers hold it when a model was exchanged under its name: the checkpoint wins.
-        """
-        holding, checkpoint = self._held(), self.checkpoint.read
-        if checkpoint is None or holding.segment.state is SegmentState.SEALED:
-            return
-        if (key := self._difference(holding)) is not None:
-            _log.error("peers hold other weights than %s (first %s): filling from disk", checkpoint.directory, key)
-            self.start_over(checkpoint.manifest)
 
     # -- stopping --------------------------------------------------------------------------------------------
 
@@ -274,8 +327,9 @@ class Node:
         if segment is None:
             return
         try:
-            if self.engine is not None and holding is not None:
-                self.engine.unregister(holding.registered)
+            self._reader.fence()
+            if holding is not None:
+                self._withdraw(holding)
         except Exception:  # what it will not give back must not keep the segment owned
             _log.exception("the engine did not let go of the segment's memory: closing the segment all the same")
         if segment.state is SegmentState.SEALED:

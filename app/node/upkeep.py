@@ -5,7 +5,7 @@ since what failed may have been a passing thing. There is no "done": blocks may 
 source for them may appear long after the first try.
 
     nothing is missing ──▶ rest          missing, and nothing new since the last try ──▶ rest until it is due
-    missing, and due ──▶ bring           complete, unsealed, beside a checkpoint ──▶ see whether it wins, and bring its
+    missing, and due ──▶ bring
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ class Seen:
     """Blocks that belong here and are not published."""
     damaged: tuple[ExpertKey, ...]
     """Those among them that were published once, and then found wrong."""
-    is_unsettled: bool
-    """Complete, not sealed, and there is a checkpoint that may say otherwise."""
     sources: str
     """Differs whenever what peers offer does."""
 
@@ -49,8 +47,6 @@ class Task:
 
     experts: tuple[ExpertKey, ...] | None
     kinds: Collection[SourceKind]
-    replaces: bool = False
-    """Whether the checkpoint's content takes the place of what is here, if the two differ."""
 
 
 class Upkeep:
@@ -64,10 +60,6 @@ class Upkeep:
 
     def next(self, seen: Seen, now: float) -> Task | None:
         """What is to be started now, if anything. Asked while nothing that it started before is under way."""
-        if seen.is_unsettled:
-            self._kinds = KINDS["disk"]  # until it is complete: never the weights of both
-            self._due_at = float("-inf")
-            return Task(None, self._kinds, replaces=True)
         wanted = seen.damaged if self._fill == "none" else seen.missing
         if seen.has_manifest and not wanted:
             return None

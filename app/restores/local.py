@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -31,8 +31,6 @@ class LocalRestore:
     experts: tuple[ExpertKey, ...] | None
     kinds: Collection[SourceKind]
     push: ConsumerPush | None = None
-    prepare: Callable[[], None] | None = None
-    """Called in the worker's thread before it is planned."""
     progress: Progress = field(default_factory=Progress)
     finished: threading.Event = field(default_factory=threading.Event)
     _running: Restore | None = None
@@ -54,8 +52,6 @@ class LocalRestore:
             self.finished.set()
 
     def _run(self, target: Node | ConsumerPush) -> None:
-        if self.prepare is not None:
-            self.prepare()
         restore = target.plan_restore(self.experts, self.kinds, self.progress)
         with self._lock:
             self._running = restore

@@ -234,16 +234,14 @@ class ConsumerPush:
             hold=self.hold,
             report_corrupt=partial(_mend_rows, self.mend, manifest),
         )
-        checkpoint = self.node.checkpoint.read if SourceKind.DISK in kinds else None
-        if checkpoint is not None and checkpoint.manifest.digest != manifest.digest:
-            checkpoint = None
+        disk = holding.disk if SourceKind.DISK in kinds else None
         tiers, offered = offer(
             holding,
             rows,
             self.node.cluster,
             _own_memory(holding),
             partial(self._reach, destination, manifest) if SourceKind.PEER in kinds else None,
-            None if checkpoint is None else _disk(checkpoint),
+            None if disk is None else _disk(disk.checkpoint),
         )
         return Restore(
             [Want(row, int(manifest.nbytes[row]), offered.expected.get(row)) for row in rows],

@@ -10,7 +10,7 @@ import logging
 import threading
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -136,20 +136,12 @@ class RestoreStore:
             self._keep(remote)
         return remote
 
-    def start_local(
-        self,
-        experts: tuple[ExpertKey, ...] | None,
-        kinds: Collection[SourceKind],
-        prepare: Callable[[], None] | None = None,
-    ) -> LocalRestore:
-        """Queue a restore into this node's segment; `prepare` is called in its thread before it is planned.
-
-        Raises what is wrong with it, or LimitReached.
-        """
+    def start_local(self, experts: tuple[ExpertKey, ...] | None, kinds: Collection[SourceKind]) -> LocalRestore:
+        """Queue a restore into this node's segment. Raises what is wrong with it, or LimitReached."""
         holding = self._node.holding
         if experts is not None and holding is not None:  # else it will ask its peers for a manifest first
             holding.rows_of(experts)
-        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds, prepare=prepare)
+        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds)
         return self._enqueue(self.workers["node"], restore)
 
     def _start_push(

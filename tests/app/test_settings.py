@@ -61,7 +61,7 @@ def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     given = {
         "model": "org/model-33", "checkpoint": "/m", "node_id": "a", "listen": "0.0.0.0:0", "data_host": "10.3.3.3",
         "peers": f"{B}, {C}", "replicas": "3", "include": "all", "fill": "peer", "namespace": "n", "transport": "rdma",
-        "token": "s3cret", "insecure": "true",
+        "scrub_rate": "33MB", "token": "s3cret", "insecure": "true",
     }  # fmt: skip
     assert set(given) == set(Settings.model_fields)
     for field, value in given.items():
@@ -70,7 +70,8 @@ def test_every_option_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     assert settings.model_dump(exclude={"token"}) == {
         "model": "org/model-33", "checkpoint": Path("/m"), "node_id": "a", "listen": "0.0.0.0:0",
         "data_host": "10.3.3.3", "peers": {"node-b": "http://127.0.0.1:8471", "node-c": "https://[::1]:8472"},
-        "replicas": 3, "include": "all", "fill": "peer", "namespace": "n", "transport": "rdma", "insecure": True,
+        "replicas": 3, "include": "all", "fill": "peer", "namespace": "n", "transport": "rdma",
+        "scrub_rate": 33_000_000, "insecure": True,
     }  # fmt: skip
     assert settings.token is not None
     assert settings.token.get_secret_value() == "s3cret"

@@ -65,7 +65,7 @@ def bare_ranges(made: Bench, checkpoint: Checkpoint) -> tuple[int, list[tuple[in
     segment = Segment.claim(made.name("layout"))
     try:
         segment.allocate(checkpoint.manifest, range(len(checkpoint.manifest)))
-        start = segment.address(0) - int(segment._table["offset"][0])
+        start = segment.data_ranges()[0][0] - segment.header.data_offset
         ranges = [
             (run.file, run.file_offset, segment.address(row) - start + run.offset, run.nbytes)
             for row in sorted(range(len(checkpoint.manifest)), key=partial(position_on_disk, checkpoint.manifest))

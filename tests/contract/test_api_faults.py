@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import pytest
 from app.api.problems import Problem
 from app.documents import Readiness
 from shm.block import ExpertKey
+from tests.processes import DEADLINE_S
 from transfer.checkpoint.synth import write_checkpoint
 
-LIVE_WITHIN_S = 1.0
 Serve = Callable[..., Any]
 WaitUntil = Callable[..., Any]
 CHECKS = ("manifest", "published", "sealed", "registered")
@@ -92,7 +92,7 @@ def test_nodes_that_disagree_are_listed_and_take_nothing_from_each_other(
     wait_until(lambda: set(states(c).values()) == {"alive"}, "c sees both")
     document = c.wait_restore(c.restore("c"))
     assert document["state"] == "failed"
-    assert "peers disagree on the manifest" in document["error"]
+    assert "peers disagree on the weights" in document["error"]
     assert "--checkpoint" in document["error"]
 
     b.kill()  # then there is one truth left
@@ -127,6 +127,20 @@ def test_readiness_names_each_check_until_all_hold(
     assert after.checks == dict.fromkeys(CHECKS, True)
 
 
+@pytest.mark.parametrize("scope", ["node", "cluster"])
+def test_a_map_that_has_changed_is_sent_again(
+    serve: Serve, free_port: Callable[[], int], moe_checkpoint: Path, scope: str
+) -> None:
+    node = serve("a", ports_of(free_port, "a"), checkpoint=moe_checkpoint, fill="none").wait_live()
+    path = f"/v1/shard-map?scope={scope}&layer=3"
+    empty = node.ask("GET", path)
+    assert node.ask("GET", path, headers={"If-None-Match": empty.headers["etag"]}).status_code == 304
+    node.wait_restore(node.restore("a", experts=[{"layer": 3, "expert": 5}]))
+    again = node.ask("GET", path, headers={"If-None-Match": empty.headers["etag"]})
+    assert again.status_code == 200
+    assert [each["expert"] for each in again.json()["experts"]] == [5]
+
+
 @pytest.fixture(scope="module")
 def many_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSeek-V3's 14,848 blocks, of 3 KB each."""
@@ -135,36 +149,33 @@ def many_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def probes(daemon: Any) -> Iterator[float]:
-    """Seconds that /livez took, again and again."""
-    with httpx.Client(trust_env=False, timeout=30) as http:
-        while True:
-            started = time.monotonic()
+def held_up(daemon: Any, work: Callable[[], None]) -> float:
+    """The longest wait for /livez while the work is done, as a share of the time that the work takes.
+
+    It is near 1 where the work is done on the event loop, or in one call that holds the GIL, however slow the machine.
+    """
+    with ThreadPoolExecutor(1) as pool, httpx.Client(trust_env=False, timeout=DEADLINE_S) as http:
+        slowest, started = 0.0, time.monotonic()
+        working = pool.submit(work)
+        while not working.done():
+            asked = time.monotonic()
             assert http.get(f"{daemon.url}/livez").status_code == 200
-            yield time.monotonic() - started
+            slowest = max(slowest, time.monotonic() - asked)
+        working.result()
+        return slowest / (time.monotonic() - started)
 
 
 def test_liveness_answers_while_large_documents_and_restores_are_under_way(
-    serve: Serve, free_port: Callable[[], int], many_blocks: Path
+    serve: Serve, free_port: Callable[[], int], many_blocks: Path, wait_until: WaitUntil
 ) -> None:
     node = serve("a", ports_of(free_port, "a"), checkpoint=many_blocks, fill="disk").wait_ready()
     experts = [{"layer": e["layer"], "expert": e["expert"]} for e in node.get("/v1/shard-map")["experts"]]
     assert len(experts) == 14_848
 
-    def work() -> None:
-        restore_id = node.restore("a", experts=experts)
-        for path in ("/v1/shard-map", "/v1/manifest", "/v1/coverage", "/v1/shard-map?scope=node", "/metrics"):
-            assert node.ask("GET", path).status_code == 200
-        document = node.wait_restore(restore_id)
+    def restore() -> None:
+        document = node.wait_restore(node.restore("a", experts=experts))
         assert (document["state"], document["blocks_done"]) == ("succeeded", 14_848)
 
-    slowest = 0.0
-    with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(work) for _ in range(2)]
-        for seconds in probes(node):
-            slowest = max(slowest, seconds)
-            if all(each.done() for each in running):
-                break
-        for each in running:
-            each.result()
-    assert slowest < LIVE_WITHIN_S
+    assert held_up(node, restore) < 1 / 3
+    for path in ("/v1/shard-map", "/v1/manifest"):
+        wait_until(lambda path=path: held_up(node, lambda: node.get(path)) < 1 / 2, f"/livez beside {path}")

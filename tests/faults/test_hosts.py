@@ -90,14 +90,22 @@ class Hosts:
             self.close()
             raise
 
-    def at(self, host: str) -> list[str]:
-        """What to put before a command so that it runs there."""
-        return ["ip", "netns", "exec", self.names[host]]
-
     def slow_down(self, host: str) -> None:
         """Let it send only so much."""
         shape = ["tbf", "rate", SLOW, "burst", "32kb", "latency", "400ms"]
-        command = [*self.at(host), "tc", "qdisc", "add", "dev", self._ends[host], "root", *shape]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            self.names[host],
+            "tc",
+            "qdisc",
+            "add",
+            "dev",
+            self._ends[host],
+            "root",
+            *shape,
+        ]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"this kernel cannot slow a link down: {done.stderr.strip()}")
@@ -131,7 +139,13 @@ def hosts() -> Iterator[Hosts]:
 
 
 @pytest.fixture
-def rank(hosts: Hosts, python: Callable[..., Any], namespace: str, moe_checkpoint: Path) -> Callable[..., Any]:
+def rank(
+    hosts: Hosts,
+    python: Callable[..., Any],
+    python_with_torch: Callable[..., Any],
+    namespace: str,
+    moe_checkpoint: Path,
+) -> Callable[..., Any]:
     """`rank(disk)` → a rank on host a, which has half of the blocks; host b has the others. It asks loopback."""
 
     def serve(host: str, listen: str, *more: str) -> Any:
@@ -139,15 +153,14 @@ def rank(hosts: Hosts, python: Callable[..., Any], namespace: str, moe_checkpoin
         peer = f"{other}=http://{ADDRESSES[other]}:{PORT}"
         arguments = ["serve", "--model", "moe", "--namespace", namespace, "--checkpoint", moe_checkpoint, "--insecure"]
         arguments += ["--node-id", host, "--listen", f"{listen}:{PORT}", "--peer", peer, "--replicas", "1", *more]
-        return python(SERVE, *arguments, prefix=hosts.at(host), env=environment)
+        return python(SERVE, *arguments, network=hosts.names[host], environment=environment)
 
     def start(disk: Path | None = None) -> Any:
         nodes = [serve("a", "0.0.0.0", "--data-host", ADDRESSES["a"]), serve("b", ADDRESSES["b"])]
         for node in nodes:
             node.expect(f"{'ab'[nodes.index(node)]} is ready")
-        return python(
-            RANK, moe_checkpoint, f"http://127.0.0.1:{PORT}", disk or "", prefix=hosts.at("a"), env=environment
-        )
+        url, where = f"http://127.0.0.1:{PORT}", {"network": hosts.names["a"], "environment": environment}
+        return python_with_torch(RANK, moe_checkpoint, url, disk or "", **where)
 
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOTSPARE_", "MC_"))}
     environment = kept | {"MC_TRANSFER_TIMEOUT": MC_TIMEOUT_S}

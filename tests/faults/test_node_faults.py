@@ -196,7 +196,7 @@ def test_a_replica_that_rotted_is_never_served_as_good_and_can_be_mended(
     keys = sorted(expected)
     rows = random.Random(3).sample(range(len(keys)), 17)
     with attach("moe", namespace=namespace, node="n0") as weights:
-        start = weights.address(0) - int(weights._table["offset"][0])
+        start = weights._address
         places = {row: (weights.address(row) - start, len(weights.block(row))) for row in range(len(keys))}
         flip(namespace, "n0", rows, places)
         assert sorted(weights.verify()) == sorted(keys[row] for row in rows)
@@ -224,7 +224,7 @@ def test_a_block_that_rotted_everywhere_comes_from_disk_or_is_named(
     rows = random.Random(5).sample(range(2, len(keys)), 5)  # of those that the target has not
     for node in ("n0", "n1"):
         with attach("moe", namespace=namespace, node=node) as weights:
-            start = weights.address(0) - int(weights._table["offset"][0])
+            start = weights._address
             places = {row: (weights.address(row) - start, len(weights.block(row))) for row in range(len(keys))}
         flip(namespace, node, rows, places)
     document = target.wait_restore(target.restore(sources=["peer"]))

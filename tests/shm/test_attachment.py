@@ -32,7 +32,7 @@ from shm.errors import (
     SegmentTruncated,
     SegmentUnsealed,
 )
-from shm.layout import SHM_DIRECTORY, SegmentName
+from shm.layout import HEADER_NBYTES, SHM_DIRECTORY, SegmentName, copy_offset
 from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 
@@ -188,7 +188,7 @@ def test_a_segment_can_be_attached_to_many_times_without_leaking_descriptors(
     ["tensor.fill_(0)", "weights.block(0).obj and ctypes.memset(weights.address(0), 0, 1)"],
 )
 def test_writing_to_a_tensor_ends_the_writer_and_changes_nothing(
-    python: Callable[..., Any], sealed: Callable[..., Segment], namespace: str, write: str
+    python_with_torch: Callable[..., Any], sealed: Callable[..., Segment], namespace: str, write: str
 ) -> None:
     """The pages are read-only, whatever torch says of the tensor: SIGSEGV, in the process that wrote."""
     sealed()
@@ -202,7 +202,7 @@ print("writes", flush=True)
 {write}
 print("wrote", flush=True)
 """
-    child = python(code, namespace)
+    child = python_with_torch(code, namespace)
     child.expect("writes")
     status, said, _ = child.wait()
     assert status == -signal.SIGSEGV
@@ -396,25 +396,32 @@ def test_an_unsealed_segment_is_refused(
     segment.unlink()
 
 
-def _damage(path: Path, at: int, by: bytes) -> None:
+def _damage(path: Path, *ats: int, by: bytes) -> None:
+    """Both copies: one is not enough to be wrong."""
     with path.open("r+b") as file:
-        file.seek(at)
-        file.write(by)
+        for at in ats:
+            file.seek(at)
+            file.write(by)
+
+
+def _of_header(at: int, by: bytes) -> Callable[[Path, Segment], None]:
+    return lambda path, segment: _damage(path, at, at + HEADER_NBYTES, by=by)
+
+
+def _manifest(path: Path, segment: Segment) -> None:
+    at = segment.header.manifest_offset
+    _damage(path, at + 40, copy_offset(at, segment.header.manifest_nbytes) + 40, by=b"\xff\x01")
 
 
 WRONG: dict[str, tuple[Callable[[Path, Segment], object], type[SegmentError], str]] = {
-    "foreign": (lambda path, s: _damage(path, 0, b"SOMETHIN"), SegmentForeign, "does not begin with HOTSPARE"),
-    "too new": (lambda path, s: _damage(path, 8, struct.pack("<I", 2)), SegmentTooNew, "format 2"),
+    "foreign": (_of_header(0, b"SOMETHIN"), SegmentForeign, "does not begin with HOTSPARE"),
+    "too new": (_of_header(8, struct.pack("<I", 3)), SegmentTooNew, "format 3"),
+    "too old": (_of_header(8, struct.pack("<I", 1)), SegmentError, "format 1, .* start its node with this Hotspare"),
     "cut in the blocks": (lambda path, s: os.truncate(path, s.nbytes - 1), SegmentTruncated, "its header says"),
     "cut in the header": (lambda path, s: os.truncate(path, 3333), SegmentTruncated, "less than a header"),
     "emptied": (lambda path, s: os.truncate(path, 0), SegmentTruncated, "0 bytes"),
-    "header": (lambda path, s: _damage(path, 77, b"\xff\x01"), SegmentCorrupt, "does not match its checksum"),
-    "state": (lambda path, s: _damage(path, 16, b"\x09"), SegmentCorrupt, "unknown state 9"),
-    "manifest": (
-        lambda path, s: _damage(path, s.header.manifest_offset + 40, b"\xff\x01"),
-        SegmentCorrupt,
-        "manifest does not match its digest",
-    ),
+    "header": (_of_header(77, b"\xff\x01"), SegmentCorrupt, "does not match its checksum"),
+    "manifest": (_manifest, SegmentCorrupt, "manifest does not match its digest"),
 }
 
 
@@ -433,7 +440,7 @@ def test_what_is_wrong_with_a_segment_is_said(
 
 def test_a_bad_segment_beside_a_good_one_is_passed_over(sealed: Callable[..., Segment], namespace: str) -> None:
     bad = sealed("n0")
-    _damage(path_of(bad.name), 77, b"\xff\x01")
+    _of_header(77, b"\xff\x01")(path_of(bad.name), bad)
     sealed("n1")
     with attach("tiny", namespace=namespace) as weights:
         assert weights.name.node == "n1"

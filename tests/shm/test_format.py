@@ -23,31 +23,54 @@ def header_offsets() -> dict[str, int]:
     return {name: int(at) for at, name in rows}
 
 
+def mix(word: int) -> int:
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % (1 << 64)
+    return word ^ word >> 31
+
+
+def check(row: int, entry: bytes) -> int:
+    taken = mix(row + 1)
+    for word in struct.unpack("<4Q", entry):
+        taken = mix(taken ^ word)
+    return taken
+
+
+def second(at: int, nbytes: int) -> int:
+    return -(-(at + nbytes) // 4096) * 4096
+
+
 def read(data: bytes) -> dict[str, bytes]:
     """Every tensor of a sealed segment by name."""
     assert data[:8] == b"HOTSPARE"
-    assert struct.unpack_from("<III", data, 8) == (1, 4096, 2)
-    page = data[:16] + bytes(4) + data[20:4088]
-    assert struct.unpack_from("<Q", data, 4088)[0] == xxhash.xxh3_64_intdigest(page)
+    assert struct.unpack_from("<III", data, 8) == (2, 4096, 2)
+    assert struct.unpack_from("<Q", data, 4088)[0] == xxhash.xxh3_64_intdigest(data[:4088])
+    assert data[4096:8192] == data[:4096]
     number = {name: struct.unpack_from("<Q", data, at)[0] for name, at in header_offsets().items()}
     manifest = data[number["manifest_offset"] : number["manifest_offset"] + number["manifest_nbytes"]]
     assert hashlib.sha256(manifest).digest() == data[112:144]
+    copy = second(number["manifest_offset"], number["manifest_nbytes"])
+    assert data[copy : copy + len(manifest)] == manifest
+    table, nbytes = number["table_offset"], number["table_nbytes"]
+    copy = second(table, nbytes)
+    assert data[copy : copy + nbytes] == data[table : table + nbytes]
     head_nbytes, rows, _ = struct.unpack_from("<QQQ", manifest)
     schemas = json.loads(manifest[24 : 24 + head_nbytes])["schemas"]
     tensors = {}
     for row in range(rows):
         layer, expert, schema, _ = struct.unpack_from("<iiII", manifest, 24 + head_nbytes + 16 * row)
-        entry = number["table_offset"] + 48 * row
-        at, nbytes = struct.unpack_from("<QQ", data, entry)
-        if struct.unpack_from("<I", data, entry + 32)[0] != 2:
+        entry = table + 48 * row
+        at, block_nbytes = struct.unpack_from("<QQ", data, entry)
+        assert struct.unpack_from("<Q", data, entry + 40)[0] == check(row, data[entry : entry + 32])
+        if struct.unpack_from("<I", data, entry + 32)[0] != 0x0F0F0F0F:
             continue
-        assert xxhash.xxh3_128_digest(data[at : at + nbytes]) == data[entry + 16 : entry + 32]
+        assert xxhash.xxh3_128_digest(data[at : at + block_nbytes]) == data[entry + 16 : entry + 32]
         end = at
         for name, dtype, (height, width) in schemas[schema]:
             start = at + -(-(end - at) // 64) * 64
             end = start + DTYPE_NBYTES[dtype] * height * width
             tensors[name.replace("{layer}", str(layer)).replace("{expert}", str(expert))] = data[start:end]
-        assert end == at + nbytes
+        assert end == at + block_nbytes
     return tensors
 
 

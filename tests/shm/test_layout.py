@@ -1,8 +1,10 @@
-"""The byte format: names, and where blocks lie."""
+"""The byte format: names, where blocks lie, states and checks."""
 
 from __future__ import annotations
 
+import itertools
 import re
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -11,8 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shm.errors import InvalidInput
-from shm.layout import BLOCK_ALIGNMENT, ENTRY, HEADER_NBYTES, BlockState, SegmentName, plan_segment
+from shm.layout import (
+    BLOCK_ALIGNMENT,
+    ENTRY,
+    HEADER_NBYTES,
+    MANIFEST_OFFSET,
+    BlockState,
+    Entries,
+    SegmentName,
+    copy_offset,
+    entry_check,
+    entry_checks,
+    plan_segment,
+)
 from shm.manifest import NAME_CHARS_MAX, Manifest
+from shm.table import is_whole
 
 NAME_MAX = 255
 NAME = SegmentName("prod", "org/model-1", "node-a")
@@ -91,13 +106,62 @@ def test_blocks_are_page_aligned_ascending_and_without_holes(
     table = plan.table
     assert np.flatnonzero(table["state"] == BlockState.RESERVED).tolist() == held
     absent = np.setdiff1d(np.arange(len(manifest)), held)
-    assert table[absent].tobytes() == bytes(ENTRY.itemsize * len(absent)), "an absent block's entry is all zeros"
+    assert set(table["state"][absent].tolist()) <= {BlockState.ABSENT}
+    assert is_whole(np.arange(len(table)), table).all()
     end = plan.data_offset
     for row in held:
         assert table["offset"][row] == end
         assert table["nbytes"][row] == manifest.nbytes[row]
         end += -(-int(manifest.nbytes[row]) // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
     assert plan.total_nbytes == end
-    assert plan.manifest_offset == HEADER_NBYTES
-    assert plan.manifest_offset + plan.manifest_nbytes <= plan.table_offset
-    assert plan.table_offset + plan.table_nbytes <= plan.data_offset
+    sections = [(0, HEADER_NBYTES), (MANIFEST_OFFSET, plan.manifest_nbytes), (plan.table_offset, plan.table_nbytes)]
+    twice = [(start, nbytes) for at, nbytes in sections for start in (at, copy_offset(at, nbytes))]
+    ends = [start + nbytes for start, nbytes in twice]
+    starts = [*(start for start, _ in twice), plan.data_offset]
+    assert starts[0] == 0
+    assert [-(-end // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT for end in ends] == starts[1:]
+
+
+# -- states and checks ---------------------------------------------------------------------------------------------
+
+
+def test_no_few_flipped_bits_turn_a_state_into_another_or_nothing_into_one() -> None:
+    words = [0, 0xFFFFFFFF, *map(int, BlockState)]
+    distances = [(one ^ other).bit_count() for one, other in itertools.combinations(words, 2)]
+    assert min(distances) == 16
+
+
+def entries(n: int, seed: int = 0) -> Entries:
+    random = np.random.Generator(np.random.SFC64(seed))
+    return np.frombuffer(random.bytes(n * ENTRY.itemsize), ENTRY).copy()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 332), st.integers(0, 8 * 32 - 1))
+def test_any_flipped_bit_of_an_entry_changes_its_check(row: int, bit: int) -> None:
+    table, rows = entries(333), np.arange(333)
+    before = entry_checks(rows, table)
+    table.view(np.uint8).reshape(333, ENTRY.itemsize)[row, bit // 8] ^= 1 << bit % 8
+    assert np.flatnonzero(entry_checks(rows, table) != before).tolist() == [row]
+
+
+def test_entries_of_other_rows_have_other_checks() -> None:
+    """One that was written to another row's place is not taken for that row's."""
+    alike = np.repeat(entries(1), 3333)
+    assert len(np.unique(entry_checks(np.arange(3333), alike))) == 3333
+
+
+def test_the_check_is_the_one_that_is_written_down() -> None:
+    def mixed(word: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            word = (word ^ word >> shift) * factor % (1 << 64)
+        return word ^ word >> 31
+
+    table = entries(3)
+    for row in range(3):
+        check = mixed(row + 8)
+        for word in struct.unpack_from("<4Q", table[row].tobytes()):
+            check = mixed(check ^ word)
+        assert entry_checks(np.array([row + 7]), table[row : row + 1]).tolist() == [check]
+        offset, nbytes, checksum, *_ = table[row].tolist()
+        assert entry_check(row + 7, offset, nbytes, checksum) == check

@@ -9,18 +9,20 @@ import pytest
 
 from shm.errors import SegmentCorrupt
 from shm.header import Header
+from shm.layout import HEADER_NBYTES
 from shm.lookup import HEADER_READS_MAX, open_header, read_header
 from shm.segment import Segment
 
 
 @pytest.fixture
 def torn(sealed: Callable[..., Segment]) -> Iterator[tuple[int, Header, bytes]]:
-    """An open object whose header is half old and half new, that header, and its page once it is whole."""
+    """An open object whose header pages are both half old and half new, that header, and its page once it is whole."""
     segment = sealed()
     fd = os.open(f"/dev/shm/{segment.name.object_name}", os.O_RDWR)
     segment.record_origin(bytes(range(16)))
     page = segment.header.pack()
-    os.pwrite(fd, page[128:256][::-1], 128)
+    for at in (0, HEADER_NBYTES):
+        os.pwrite(fd, page[128:256][::-1], at + 128)
     yield fd, segment.header, page
     os.close(fd)
 
@@ -35,7 +37,7 @@ def test_a_header_is_read_again_while_its_owner_is_in_the_middle_of_it(
     def wait(seconds: float) -> None:
         waits.append(seconds)
         if len(waits) == looks:
-            os.pwrite(fd, page, 0)  # the owner has ended
+            os.pwrite(fd, page, HEADER_NBYTES)  # the owner has ended
 
     monkeypatch.setattr("shm.lookup.time.sleep", wait)
     assert read_header(fd, header.name.object_name) == header

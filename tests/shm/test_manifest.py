@@ -326,6 +326,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "block twice": (lambda d: d["blocks"].insert(0, d["blocks"][0]), "ascending order of .layer, expert."),
     "block no object": (_set("blocks", 0, to=[]), "not a manifest"),
     "schema not there": (_set("blocks", 0, "schema", to=99), "a schema that is not there"),
+    "one schema too far": (lambda d: d["blocks"][0].update(schema=len(d["schemas"])), "a schema that is not there"),
     "schema negative": (_set("blocks", 0, "schema", to=-1), "not a manifest"),
     "range missing": (lambda d: d["blocks"][0]["ranges"].pop(), "do not add up"),
     "range too many": (lambda d: d["blocks"][0]["ranges"].append([0, 8]), "do not add up"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,22 @@ from shm.block import ExpertKey, TensorEntry
 from shm.checksum import checksum
 from shm.errors import BlockUnavailable, HotspareError, SegmentCorrupt, SegmentError
 from shm.header import Header
-from shm.layout import BLOCK_ALIGNMENT, ENTRY, SHM_DIRECTORY, BlockState, SegmentName, SegmentState, plan_segment
+from shm.layout import (
+    BLOCK_ALIGNMENT,
+    ENTRY,
+    SHM_DIRECTORY,
+    SegmentName,
+    SegmentState,
+    copy_offset,
+    entry_checks,
+    plan_segment,
+)
 from shm.manifest import FileSpec, Manifest
-from shm.rules import SEGMENT_NBYTES_MAX, check_sections, check_table
+from shm.rules import SEGMENT_NBYTES_MAX, check_entries, check_sections
 from shm.segment import Segment
 
 U64_MAX = (1 << 64) - 1
+FIELD_MAX = {"offset": U64_MAX, "nbytes": U64_MAX, "state": 0xFFFFFFFF, "check": U64_MAX}
 SECTION_FIELDS = (
     "manifest_offset", "manifest_nbytes", "table_offset", "table_nbytes", "data_offset", "data_nbytes", "total_nbytes",
 )  # fmt: skip
@@ -44,12 +53,20 @@ class Left:
             file.seek(at)
             file.write(by)
 
+    def write_header(self, **fields: Any) -> None:
+        """Both pages, with a checksum that is right."""
+        self.write(0, 2 * replace(self.header, **fields).pack())
+
     def write_entry(self, row: int, **fields: Any) -> None:
-        at = self.header.table_offset + row * ENTRY.itemsize
+        """In both copies, with a check that is right."""
+        table, nbytes = self.header.table_offset, self.header.table_nbytes
+        at = table + row * ENTRY.itemsize
         entry = np.frombuffer(self.path.read_bytes()[at : at + ENTRY.itemsize], ENTRY).copy()
         for field, value in fields.items():
             entry[field][0] = value
-        self.write(at, entry.tobytes())
+        entry["check"] = entry_checks(np.array([row]), entry)
+        for start in (table, copy_offset(table, nbytes)):
+            self.write(start + row * ENTRY.itemsize, entry.tobytes())
 
 
 @pytest.fixture
@@ -75,15 +92,15 @@ def refused_everywhere(left: Left, said: str) -> None:
 
 # What is added to which numbers of the header, and the error's words.
 SECTIONS: dict[str, tuple[dict[str, int], str]] = {
-    "manifest elsewhere": ({"manifest_offset": 16}, "its manifest is not on the page after the header"),
-    "manifest in the header": ({"manifest_offset": -4096}, "its manifest is not on the page after the header"),
-    "table over the manifest": ({"table_offset": -4096}, "its block table is not on the page after the manifest"),
-    "table off its page": ({"table_offset": 8}, "its block table is not on the page after the manifest"),
-    "table after a hole": ({"table_offset": 4096}, "its block table is not on the page after the manifest"),
+    "manifest elsewhere": ({"manifest_offset": 16}, "its manifest is not on the page after the headers"),
+    "manifest in the header": ({"manifest_offset": -4096}, "its manifest is not on the page after the headers"),
+    "table over the manifest": ({"table_offset": -4096}, "its block table is not on the page after the manifests"),
+    "table off its page": ({"table_offset": 8}, "its block table is not on the page after the manifests"),
+    "table after a hole": ({"table_offset": 4096}, "its block table is not on the page after the manifests"),
     "half an entry": ({"table_nbytes": 24}, "its block table is not of whole entries"),
-    "blocks over the table": ({"data_offset": -4096}, "its blocks do not begin on the page after the block table"),
-    "blocks off their page": ({"data_offset": 512}, "its blocks do not begin on the page after the block table"),
-    "blocks after a hole": ({"data_offset": 4096}, "its blocks do not begin on the page after the block table"),
+    "blocks over the table": ({"data_offset": -4096}, "its blocks do not begin on the page after the block tables"),
+    "blocks off their page": ({"data_offset": 512}, "its blocks do not begin on the page after the block tables"),
+    "blocks after a hole": ({"data_offset": 4096}, "its blocks do not begin on the page after the block tables"),
     "blocks too short": ({"data_nbytes": -4096}, "its blocks do not end where it ends"),
     "blocks past the end": ({"data_nbytes": 4096}, "its blocks do not end where it ends"),
     "half a page": ({"data_nbytes": -333, "total_nbytes": -333}, "it does not end with a page"),
@@ -95,8 +112,7 @@ SECTIONS: dict[str, tuple[dict[str, int], str]] = {
 @pytest.mark.parametrize("fault", SECTIONS)
 def test_sections_that_are_not_in_their_places_are_refused(left: Left, fault: str) -> None:
     changes, said = SECTIONS[fault]
-    changed = replace(left.header, **{field: getattr(left.header, field) + by for field, by in changes.items()})
-    left.write(0, changed.pack())
+    left.write_header(**{field: getattr(left.header, field) + by for field, by in changes.items()})
     refused_everywhere(left, said)
 
 
@@ -117,7 +133,7 @@ def test_sections_of_no_size_or_of_any_are_refused(left: Left, fields: dict[str,
 @pytest.mark.parametrize("value", [0, 1, 1 << 63, U64_MAX - 4095, U64_MAX])
 @pytest.mark.parametrize("field", SECTION_FIELDS)
 def test_absurd_numbers_of_a_header_are_errors_of_ours(left: Left, field: str, value: int) -> None:
-    left.write(0, replace(left.header, **{field: value}).pack())
+    left.write_header(**{field: value})
     with pytest.raises(SegmentError, match="`hotspare rm` it"):
         attach("tiny", namespace=left.name.namespace)
     again = Segment.claim(left.name)
@@ -134,7 +150,8 @@ def test_what_owners_write_breaks_no_rule(
         fresh = Header(segment.name, SegmentState.CLAIMED, 1, 2, 3, 4)
         check_sections(fresh if state is SegmentState.CLAIMED else replace(segment.header, state=state), "here")
     segment.quarantine(3)
-    check_table(segment._table, segment.manifest, segment.header, "here")
+    entries = segment._table.entries
+    check_entries(entries, np.zeros(len(entries), bool), segment.manifest, segment.header, "here")
 
 
 # -- entries -------------------------------------------------------------------------------------------------------
@@ -144,17 +161,12 @@ SIZE = "another size than the manifest says"
 
 # Of row 3, which is expert 3 of layer 0: what is written where, and the error's words.
 ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown state": ({"state": 4}, "an unknown state"),
-    "absurd state": ({"state": 0xFFFFFFFF}, "an unknown state"),
-    "reserved, first": ({"reserved": (1, 0, 0)}, "reserved bytes that are not zero"),
-    "reserved, last": ({"reserved": (0, 0, 1 << 31)}, "reserved bytes that are not zero"),
-    "absent with a checksum": ({"state": BlockState.ABSENT}, "a checksum, and no block"),
     "no size": ({"nbytes": 0}, SIZE),
     "another size": ({"nbytes": 857}, SIZE),
     "endless size": ({"nbytes": U64_MAX}, SIZE),
     "off its page": ({"offset": 65536 + 8}, "a place that is not on a page"),
     "in the header": ({"offset": 0}, PLACE),
-    "in the table": ({"offset": 8192}, PLACE),
+    "in the table": ({"offset": 16384}, PLACE),
     "at the end": ({"offset": "end"}, PLACE),
     "past the end": ({"offset": 1 << 40}, PLACE),
     "before zero": ({"offset": U64_MAX - 4095}, PLACE),
@@ -176,12 +188,11 @@ def test_the_error_names_the_block(left: Left) -> None:
         attach("tiny", namespace=left.name.namespace)
 
 
-@pytest.mark.parametrize("row", [2, 3])
 def test_a_place_without_a_block_is_what_an_owner_leaves_that_was_killed_while_it_extended(
-    left: Left, row: int, content: Callable[..., bytes]
+    left: Left, content: Callable[..., bytes]
 ) -> None:
     """Its state is written last, and the next owner gives the block a place anew."""
-    left.write_entry(2, offset=left.header.data_offset + 3 * BLOCK_ALIGNMENT, nbytes=row)
+    left.write_entry(2, offset=left.header.data_offset + 3 * BLOCK_ALIGNMENT, nbytes=333)
     with attach("tiny", namespace=left.name.namespace) as weights:
         assert weights.verify() == []
         assert 2 not in weights.rows()
@@ -202,7 +213,7 @@ def test_a_place_so_high_that_its_end_is_low_is_outside(make_manifest: Callable[
     header = Header(SegmentName("a", "b", "c"), SegmentState.SEALED, 1, 2, 3, 4, data_offset=plan.data_offset)
     plan.table["offset"][0] = U64_MAX - 4095
     with pytest.raises(SegmentCorrupt, match=PLACE):
-        check_table(plan.table, manifest, replace(header, total_nbytes=plan.total_nbytes), "here")
+        check_entries(plan.table, np.zeros(2, bool), manifest, replace(header, total_nbytes=plan.total_nbytes), "here")
 
 
 def test_blocks_without_a_byte_are_in_nobodys_way(sealed: Callable[..., Segment], namespace: str) -> None:
@@ -257,20 +268,21 @@ def use(namespace: str) -> None:
 def numbers() -> Iterator[tuple[int, int]]:
     random = np.random.Generator(np.random.SFC64(3333))
     edges = [0, 1, 7, 4095, 4096, 1 << 31, 1 << 32, 1 << 47, 1 << 48, 1 << 63, U64_MAX - 4095, U64_MAX]
-    for _ in range(400):
+    for _ in range(150):
         yield int(random.integers(1 << 30)), int(random.choice(np.array(edges, np.uint64)))
 
 
-def test_any_number_anywhere_is_an_error_of_ours_or_harmless(left: Left, namespace: str) -> None:
+def test_any_number_anywhere_in_the_table_is_an_error_of_ours_or_harmless(left: Left, namespace: str) -> None:
+    """Also with a right check: of a writer that is wrong, or means harm."""
     whole = left.path.read_bytes()
-    table = left.header.table_nbytes // 8
     refused = 0
     for where, number in numbers():
-        left.write(left.header.table_offset + where % table * 8, number.to_bytes(8, "little"))
+        row, word = divmod(where % (6 * len(left.manifest)), 6)
+        field = ("offset", "nbytes", "checksum", "checksum", "state", "check")[word]
+        left.write_entry(row, **{field: number.to_bytes(16, "little") if word in (2, 3) else number & FIELD_MAX[field]})
         try:
             use(namespace)
         except HotspareError:
             refused += 1
         left.write(0, whole)
-    assert refused > 200
-    os.unlink(left.path)
+    assert refused > 20

@@ -19,8 +19,8 @@ from shm.attachment import attach
 from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
+    InvalidInput,
     SegmentBusy,
-    SegmentCorrupt,
     SegmentError,
     SegmentForeign,
     SegmentNotFound,
@@ -28,7 +28,7 @@ from shm.errors import (
     SegmentUnsealed,
 )
 from shm.header import Header
-from shm.layout import HEADER_NBYTES, SHM_DIRECTORY, STATE_OFFSET, BlockState, SegmentName, SegmentState
+from shm.layout import HEADER_NBYTES, MANIFEST_OFFSET, SHM_DIRECTORY, BlockState, SegmentName, SegmentState, copy_offset
 from shm.manifest import Manifest
 from shm.segment import Segment
 
@@ -181,8 +181,15 @@ def make_object(name: SegmentName, content: bytes) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0" * HEADER_NBYTES, b"HOTSPARE" + b"\1\0\0\0\0\x10\0\0" + b"\0" * 4080, b"HOT", b"HOTSPARE" + b"\0" * 9],
-    ids=["empty", "no header", "half a header", "cut in the magic", "cut"],
+    [
+        b"",
+        b"\0" * HEADER_NBYTES,
+        b"\0" * 8192,
+        b"HOTSPARE\2\0\0\0\0\x10" + b"\0" * 8178,
+        b"HOT",
+        b"HOTSPARE" + b"\0" * 9,
+    ],
+    ids=["empty", "no header", "no headers", "half a header", "cut in the magic", "cut"],
 )
 def test_what_an_owner_killed_while_claiming_leaves_is_replaced(namespace: str, content: bytes) -> None:
     make_object(name_of(namespace), content)
@@ -203,8 +210,9 @@ def test_an_object_that_is_not_ours_is_never_removed(namespace: str) -> None:
 def test_a_segment_of_a_newer_format_is_never_removed(sealed: Callable[..., Segment], namespace: str) -> None:
     sealed().close()
     with open(path_of(name_of(namespace)), "r+b") as file:
-        file.seek(8)
-        file.write(b"\x09")
+        for at in (0, HEADER_NBYTES):
+            file.seek(at + 8)
+            file.write(b"\x09")
     with pytest.raises(SegmentTooNew, match="format 9"):
         Segment.claim(name_of(namespace))
     assert os.path.exists(path_of(name_of(namespace)))
@@ -218,15 +226,31 @@ def test_a_segment_under_another_ones_name_is_foreign(sealed: Callable[..., Segm
 
 
 @pytest.mark.parametrize("where", ["header", "manifest"])
-def test_a_sealed_segment_with_a_damaged_header_or_manifest_is_replaced(
+def test_a_sealed_segment_whose_header_or_manifest_is_damaged_in_both_copies_is_replaced(
     sealed: Callable[..., Segment], namespace: str, where: str
 ) -> None:
     segment = sealed()
-    at = 100 if where == "header" else segment.header.manifest_offset + 30
+    start, nbytes = (0, HEADER_NBYTES) if where == "header" else (MANIFEST_OFFSET, segment.header.manifest_nbytes)
     segment.close()
     with open(path_of(name_of(namespace)), "r+b") as file:
-        file.seek(at)
-        file.write(b"\xff\xfe\xfd")
+        for at in (start, copy_offset(start, nbytes)):
+            file.seek(at + 100)
+            file.write(b"\xff\xfe\xfd")
+    again = Segment.claim(name_of(namespace))
+    assert again.state is SegmentState.CLAIMED
+    again.unlink()
+
+
+def test_a_segment_of_a_format_that_is_no_longer_read_is_replaced(
+    sealed: Callable[..., Segment], namespace: str
+) -> None:
+    sealed().close()
+    with open(path_of(name_of(namespace)), "r+b") as file:
+        for at in (0, HEADER_NBYTES):
+            file.seek(at + 8)
+            file.write(b"\x01")
+    with pytest.raises(SegmentError, match=r"format 1, .*start its node with this Hotspare"):
+        attach("tiny", namespace=namespace)
     again = Segment.claim(name_of(namespace))
     assert again.state is SegmentState.CLAIMED
     again.unlink()
@@ -318,7 +342,7 @@ except SharedMemoryFull as error:
 else:
     raise SystemExit("it fitted")
 assert used() == before, (used(), before)
-assert os.stat("/dev/shm/" + name.object_name).st_size == 4096
+assert os.stat("/dev/shm/" + name.object_name).st_size == 8192
 segment.allocate(manifest, range(5))
 """)
 
@@ -358,7 +382,7 @@ with open("/dev/shm/fat", "wb") as file:
 try:
     Segment.claim(name)
 except SharedMemoryFull as error:
-    assert (error.needed, error.free) == (4096, 0)
+    assert (error.needed, error.free) == (8192, 0)
 else:
     raise SystemExit("it fitted")
 assert os.listdir("/dev/shm") == ["fat"]
@@ -402,72 +426,48 @@ def test_nothing_is_sealed_while_a_block_is_not_published(
     segment.unlink()
 
 
-class Watched:
-    """A block table that writes down what is written into it, in order."""
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
-        self.written: list[tuple[str, int]] = []
-
-    def __getitem__(self, field: str) -> Any:
-        return Column(self._table[field], field, self.written)
-
-
-class Column:
-    def __init__(self, column: Any, field: str, written: list[tuple[str, int]]) -> None:
-        self._column, self._field, self._written = column, field, written
-
-    def __setitem__(self, row: int, value: Any) -> None:
-        self._written.append((self._field, row))
-        self._column[row] = value
-
-
-def test_a_block_is_shown_only_after_its_checksum_is_there(sealed: Callable[..., Segment]) -> None:
-    """In between a reader would take the old checksum for the new bytes'."""
-    segment = sealed()
-    table = segment._table
-    watched = segment._table = Watched(table)  # type: ignore[assignment]
-    segment.publish(3, bytes(range(16)))
-    assert watched.written == [("checksum", 3), ("state", 3)]
-    assert bytes(table["checksum"][3]) == bytes(range(16))
-    assert table["state"][3] == BlockState.PUBLISHED
-
-
-def test_no_state_of_a_header_is_there_before_the_rest_of_it(
+def test_one_page_of_a_header_is_whole_whenever_its_owner_is_killed(
     namespace: str,
     make_manifest: Callable[..., Manifest],
     fill: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An owner that is killed between two writes leaves the old state, or none that can be read."""
     segment = Segment.claim(name_of(namespace))
-    seen: list[SegmentState | None] = []
-    written: list[tuple[int, int]] = []
+    seen: list[SegmentState] = []
     pwrite = os.pwrite
 
-    def watched(fd: int, data: bytes, at: int) -> int:
-        written.append((at, len(data)))
-        done = pwrite(fd, data, at)
-        try:
-            header = Header.unpack(os.pread(fd, HEADER_NBYTES, 0), "object", os.fstat(fd).st_size)
-        except SegmentCorrupt:
-            seen.append(None)
-        else:
-            seen.append(header.state)
-            assert header.state is not SegmentState.SEALED or header.sealed_ns > 0
-            assert header.state is SegmentState.CLAIMED or header.total_nbytes > HEADER_NBYTES
-        return done
+    def look(fd: int) -> None:
+        pages = os.pread(fd, MANIFEST_OFFSET, 0)
+        seen.append(Header.read(pages, "object", os.fstat(fd).st_size).state)
 
-    monkeypatch.setattr("shm.segment.os.pwrite", watched)
+    def in_pieces(fd: int, data: bytes, at: int) -> int:
+        for start in range(0, len(data), 1111):
+            pwrite(fd, data[start : start + 1111], at + start)
+            look(fd)
+        return len(data)
+
+    monkeypatch.setattr("shm.twin.os.pwrite", in_pieces)
     segment.allocate(make_manifest(), [0, 3])
-    assert seen[-1] is SegmentState.FILLING
-    assert written[-1] == (STATE_OFFSET, 4), "the state by itself: a page is not written in one piece"
-    fill(segment)
+    assert set(seen) == {SegmentState.CLAIMED, SegmentState.FILLING}
+    assert seen == sorted(seen), "the state does not come before what it promises"
     seen.clear()
+    fill(segment)
     segment.seal()
-    assert seen[-1] is SegmentState.SEALED
-    assert SegmentState.SEALED not in seen[:-1]
-    assert written[-1] == (STATE_OFFSET, 4)
+    assert set(seen) == {SegmentState.FILLING, SegmentState.SEALED}
+    segment.unlink()
+
+
+def test_what_a_filling_header_promises_is_there_before_it(
+    namespace: str, make_manifest: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = Segment.claim(name_of(namespace))
+    written: list[int] = []
+    pwrite = os.pwrite
+    monkeypatch.setattr("shm.twin.os.pwrite", lambda fd, data, at: written.append(at) or pwrite(fd, data, at))
+    segment.allocate(make_manifest(), [0, 3])
+    assert written[-2:] == [0, HEADER_NBYTES], "the header comes last"
+    assert MANIFEST_OFFSET in written[:-2]
+    assert segment.header.table_offset in written[:-2]
     segment.unlink()
 
 
@@ -498,7 +498,8 @@ def test_a_segment_is_allocated_once(sealed: Callable[..., Segment], make_manife
 
 def test_rows_without_space_are_refused_by_key(sealed: Callable[..., Segment]) -> None:
     segment = sealed(rows=[0, 2])
-    for ask in (segment.block, segment.address):
+    asks = (segment.block, segment.address, segment.served_address, segment.quarantine)
+    for ask in (*asks, lambda row: segment.publish(row, bytes(16))):
         with pytest.raises(BlockUnavailable, match=r"has no space for .*expert=1"):
             ask(1)
 
@@ -554,18 +555,20 @@ def test_extending_by_nothing_new_changes_nothing(sealed: Callable[..., Segment]
 EXTENDER = """
 import os, signal, sys
 from shm import posix
+from shm.extents import Extents
 from shm.layout import SegmentName
 from shm.segment import Segment
+from shm.table import BlockTable
 
 namespace, victim, moment = sys.argv[1:]
 segment = Segment.claim(SegmentName(namespace, "tiny", "n0"))
 owner, _, method = victim.rpartition(".")
-owner = posix if owner == "posix" else Segment
+owner = {"posix": posix, "Segment": Segment, "Extents": Extents, "BlockTable": BlockTable}[owner]
 call = getattr(owner, method)
 
-def dying(*arguments):
+def dying(*arguments, **changes):
     if moment == "after":
-        call(*arguments)
+        call(*arguments, **changes)
     os.kill(os.getpid(), signal.SIGKILL)
 
 setattr(owner, method, dying)
@@ -576,7 +579,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("victim", ["posix.reserve", "Segment._map_extent", "Segment._write_header"])
+@pytest.mark.parametrize("victim", ["posix.reserve", "Extents.cover", "Segment._write_header", "BlockTable.place"])
 def test_a_crash_at_any_point_of_extending_costs_no_block(
     python: Callable[..., Any],
     sealed: Callable[..., Segment],
@@ -673,14 +676,25 @@ def test_unlinking_removes_the_name_and_leaves_another_ones_object(namespace: st
     assert not os.path.exists(path_of(second.name))
 
 
-def test_record_origin_survives_the_owner(sealed: Callable[..., Segment], namespace: str) -> None:
+def test_origin_and_content_survive_the_owner(sealed: Callable[..., Segment], namespace: str) -> None:
     segment = sealed()
+    assert segment.header.content_digest == bytes(16)
     segment.record_origin(bytes(range(16)))
+    segment.record_content(bytes(range(33, 49)))
     segment.close()
     again = Segment.claim(name_of(namespace))
     assert again.header.origin == bytes(range(16))
+    assert again.header.content_digest == bytes(range(33, 49))
     assert again.state is SegmentState.SEALED
     again.close()
+
+
+@pytest.mark.parametrize("nbytes", [0, 15, 17, 32])
+def test_a_content_digest_of_another_length_is_refused(sealed: Callable[..., Segment], nbytes: int) -> None:
+    segment = sealed()
+    with pytest.raises(InvalidInput, match=f"of {nbytes} bytes: give 16"):
+        segment.record_content(bytes(nbytes))
+    assert segment.header.content_digest == bytes(16)
 
 
 # -- posix ---------------------------------------------------------------------------------------------------------

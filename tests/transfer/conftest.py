@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import secrets
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shm.layout import SegmentName
+from tests.processes import wait_until
 
 _COMMON = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -121,90 +114,59 @@ def tiny_gpt_oss(tiny_checkpoint: TinyCheckpoint) -> Path:
 
 
 class Cluster:
-    """`hotspare serve` processes of one model on this machine, in a namespace of their own."""
+    """Nodes of one model on this machine that know what each has. `start(number)` starts one, and returns at once."""
 
-    def __init__(self, model: str, checkpoint: Path, directory: Path, count: int, replicas: int) -> None:
-        self.model = model
-        self.namespace = f"test-{secrets.token_hex(6)}"
-        ports = _free_ports(count)
-        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
-        self.names = [f"node-{number}" for number in range(count)]
-        self._directory = directory
-        self._arguments = [
-            ["--model", model, "--checkpoint", str(checkpoint), "--namespace", self.namespace, "--fill", "disk",
-             "--replicas", str(replicas), "--node-id", name, "--listen", url.removeprefix("http://"),
-             *(f"--peer={n}={u}" for n, u in zip(self.names, self.urls, strict=True) if n != name)]
-            for name, url in zip(self.names, self.urls, strict=True)
-        ]  # fmt: skip
-        self.processes = [self._spawn(number) for number in range(count)]
-        try:
-            for number in range(count):
-                self.wait(number, "/readyz")
-            for number in range(count):
-                self.wait(
-                    number,
-                    "/v1/coverage",
-                    lambda d: d["total"]["by_replicas"].get(str(replicas)) == d["total"]["blocks"],
-                )
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, start: Callable[[int], Any], count: int, replicas: int, segment: Callable[[str], Path]) -> None:
+        self._start, self._segment = start, segment
+        self._nodes = [start(number) for number in range(count)]
+        for node in self._nodes:
+            node.wait_ready()
+        for node in self._nodes:
+            wait_until(lambda node=node: _is_covered(node, replicas), f"{node.node_id} knows what every node has")
 
-    def _spawn(self, number: int) -> subprocess.Popen[bytes]:
-        with (self._directory / f"{self.names[number]}.log").open("ab") as log:
-            command = [sys.executable, "-m", "app.cli", "serve", *self._arguments[number]]
-            return subprocess.Popen(command, stdout=log, stderr=log)
+    @property
+    def urls(self) -> list[str]:
+        return [node.url for node in self._nodes]
 
-    def wait(self, number: int, path: str, holds: Callable[[Any], bool] = lambda _: True) -> None:
-        deadline = time.monotonic() + 40
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(self.urls[number] + path, timeout=5) as answer:
-                if holds(json.load(answer)):
-                    return
-            assert self.processes[number].poll() is None, self._log(number)
-            time.sleep(0.02)
-        raise AssertionError(f"{path} of {self.names[number]} did not come true: {self._log(number)}")
-
-    def _log(self, number: int) -> str:
-        return (self._directory / f"{self.names[number]}.log").read_text()[-2000:]
-
-    def segment(self, number: int) -> str:
-        """The path of a node's segment."""
-        return f"/dev/shm/{SegmentName(self.namespace, self.model, self.names[number]).object_name}"
+    def segment(self, number: int) -> Path:
+        return self._segment(self._nodes[number].node_id)
 
     def kill(self, number: int) -> None:
-        self.processes[number].kill()
-        self.processes[number].wait()
+        self._nodes[number].kill()
 
     def start_again(self, number: int) -> None:
-        self.processes[number] = self._spawn(number)
-        self.wait(number, "/readyz")
+        self._nodes[number] = self._start(number).wait_ready()
 
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        for number in range(len(self.names)):
-            Path(self.segment(number)).unlink(missing_ok=True)
+    def pause(self, number: int) -> None:
+        self._nodes[number].pause()
+
+    def resume(self, number: int) -> None:
+        self._nodes[number].resume()
+
+    def wait_ready(self, number: int) -> None:
+        self._nodes[number].wait_ready()
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def _is_covered(node: Any, replicas: int) -> bool:
+    total = node.get("/v1/coverage")["total"]
+    return bool(total["by_replicas"].get(str(replicas)) == total["blocks"])
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+def cluster(
+    serve: Callable[..., Any], free_port: Callable[[], int], namespace: str, segment_path: Callable[..., Path]
+) -> Callable[..., Cluster]:
     """`cluster(model, checkpoint, count=3, replicas=2)` → nodes that are ready; killed and removed at the end."""
-    started: list[Cluster] = []
 
-    def start(model: str, checkpoint: Path, count: int = 3, replicas: int = 2) -> Cluster:
-        started.append(Cluster(model, checkpoint, tmp_path, count, replicas))
-        return started[-1]
+    def make(model: str, checkpoint: Path, count: int = 3, replicas: int = 2) -> Cluster:
+        ports = {f"node-{number}": free_port() for number in range(count)}
+        engines = {name: value for name, value in os.environ.items() if name.startswith("MC_")}
 
-    yield start
-    for one in started:
-        one.close()
+        def start(number: int) -> Any:
+            return serve(
+                f"node-{number}", ports, checkpoint=checkpoint, model=model, fill="disk", replicas=replicas, env=engines
+            )
+
+        return Cluster(start, count, replicas, lambda node: segment_path(namespace, node, model))
+
+    return make

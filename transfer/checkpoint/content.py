@@ -164,3 +164,39 @@ def identities(checkpoint: Checkpoint) -> Identities:
 def identity_of(stat: os.stat_result) -> tuple[int, ...]:
     """The identity in what `os.stat` or `os.fstat` says."""
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def origin_of(files: Identities) -> bytes:
+    """16 bytes that differ where any file's identity does: what a segment remembers of the files it was filled from."""
+    return xxhash.xxh3_128_digest(repr(sorted(files.items())).encode())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PinnedCheckpoint:
+    """A checkpoint as it was when its content was told: whoever reads it later can see whether it still is."""
+
+    checkpoint: Checkpoint
+    digest: bytes
+    """The content digest of what its files held then."""
+    files: Identities
+    content: Content | None = None
+    """The samples of its blocks; None where they were not taken, since the files are those of an earlier time."""
+
+    @property
+    def origin(self) -> bytes:
+        return origin_of(self.files)
+
+    def is_unchanged(self) -> bool:
+        """Whether its files still are the very files. Raises CheckpointError where one is gone."""
+        return identities(self.checkpoint) == self.files
+
+
+def pin(checkpoint: Checkpoint) -> PinnedCheckpoint:
+    """Take the content of a checkpoint. Raises CheckpointError, also where its files change meanwhile."""
+    before = identities(checkpoint)
+    content = read_content(checkpoint)
+    if identities(checkpoint) != before:
+        raise CheckpointError(
+            f"{checkpoint.directory} changed while it was read: wait until whoever writes it has finished"
+        )
+    return PinnedCheckpoint(checkpoint, content.digest, before, content)

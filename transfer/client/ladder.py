@@ -127,7 +127,7 @@ class Ladder:
                 self.missing[row].append(f"{type(error).__name__}: {error}")
             return
         finally:
-            self.has_timed_out |= bool(restore.outstanding)
+            self.has_timed_out |= bool(restore.given_up)
         self._tally.end_pass(report)
         failed = {manifest.index(*block.key): block.reason for block in report.failed}
         for row in rows:

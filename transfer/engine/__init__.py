@@ -1,8 +1,17 @@
-"""The only way to peers' memory: what is needed of a transfer engine (`protocol`), Mooncake's (`mooncake`), and a
-double of it for tests and simulations (`double`).
+"""The only way to peers' memory: what is needed of a transfer engine (`protocol`), Mooncake's (`mooncake`), one that
+can be thrown away (`disposable`), and a double for tests and simulations (`double`).
 """
 
+from transfer.engine.disposable import DisposableEngine
 from transfer.engine.mooncake import MooncakeEngine
 from transfer.engine.protocol import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy, TransferEngine, session_host
 
-__all__ = ["BATCH_NBYTES_MAX", "ITEMS_PER_BATCH_MAX", "Copy", "MooncakeEngine", "TransferEngine", "session_host"]
+__all__ = [
+    "BATCH_NBYTES_MAX",
+    "ITEMS_PER_BATCH_MAX",
+    "Copy",
+    "DisposableEngine",
+    "MooncakeEngine",
+    "TransferEngine",
+    "session_host",
+]

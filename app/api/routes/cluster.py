@@ -72,7 +72,7 @@ def get_shard_map(
         return unchanged
     rows = shard_map.select(manifest, layer, expert).tolist()
     session_id = context.node.engine.session_id if context.node.engine else ""
-    replicas = [shard_map.node_replicas(holding.segment, holding.node_id, session_id)]
+    replicas = [holding.replicas(session_id)]
     if scope == "cluster":
         replicas.extend(shard_map.cluster_replicas(context.cluster))
     experts, dense = shard_map.entries(manifest, rows, replicas)
@@ -80,6 +80,7 @@ def get_shard_map(
         {
             "model": manifest.model,
             "manifest_digest": manifest.digest,
+            "content_digest": holding.content_digest,
             "revision": revision,
             "experts": experts,
             "dense": dense,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 
@@ -18,17 +19,20 @@ router = APIRouter(prefix="/v1", tags=["node"])
 
 def node_document(context: Context) -> NodeDocument:
     node, holding = context.node, context.node.holding
-    published = holding.published() if holding else ()
+    published = holding.published() if holding else np.zeros(0, dtype=np.int64)
     return NodeDocument(
         node_id=node.settings.node_id,
         model=node.name.model,
         namespace=node.name.namespace,
         state=node.state,
         manifest_digest=holding.manifest.digest if holding else None,
+        content_digest=holding.content_digest if holding else None,
         session_id=node.engine.session_id if node.engine else "",
         segment=node.name.object_name,
         bytes=int(holding.manifest.nbytes[published].sum()) if holding else 0,
         blocks=len(published),
+        blocks_unproved=holding.proofs.unproved(published) if holding else 0,
+        proved_oldest=holding.proofs.oldest(published) if holding else None,
         version=VERSION,
         revision=holding.revision if holding else "",
         replicas=node.settings.replica_count,

@@ -51,6 +51,13 @@ def serve(
     namespace: Annotated[
         str | None, typer.Option(metavar="NS", help="Keeps deployments on one host apart. [default: default]")
     ] = None,
+    scrub_rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes a second of published blocks to prove in the background, such as 50MB. [default: all in a day]",
+        ),
+    ] = None,
     transport: Annotated[str | None, typer.Option(metavar="tcp|rdma", help="[default: tcp]")] = None,
     token: Annotated[
         str | None,
@@ -79,7 +86,7 @@ def serve(
     options = {
         "model": model, "checkpoint": checkpoint, "node_id": node_id, "listen": listen, "data_host": data_host,
         "peers": peer, "replicas": replicas, "include": include, "fill": fill, "namespace": namespace,
-        "transport": transport, "token": token, "insecure": insecure,
+        "transport": transport, "scrub_rate": scrub_rate, "token": token, "insecure": insecure,
     }  # fmt: skip
     settings = load_settings(config, options)
     settings.require_model()

@@ -28,14 +28,16 @@ OTHER_DIGEST = "e2" * 32
 START = 1003.5  # a clock that does not begin at 0
 PLACEMENT = "p1" * 16
 
-THEIRS = NodeReport("b", "qwen", "prod", "ready", DIGEST, "10.0.0.2:15002", "1-7", 2, PLACEMENT)
+CONTENT = "c1" * 16
+
+THEIRS = NodeReport("b", "qwen", "prod", "ready", DIGEST, CONTENT, "10.0.0.2:15002", "1-7", 2, PLACEMENT)
 
 
 def members_of(*node_ids: str) -> Membership:
     members = Membership(
         {node_id: f"http://host-{node_id}:8470" for node_id in node_ids}, model="qwen", namespace="prod"
     )
-    members.use_manifest(DIGEST, PLACEMENT)
+    members.use_manifest(DIGEST, PLACEMENT, CONTENT)
     return members
 
 
@@ -261,6 +263,7 @@ def test_alive_answered_without_a_session_keeps_the_last_one(alive: Membership) 
         ({"node_id": "a"}, "http://host-b:8470 answers as node 'a', not 'b': correct `--peer b=URL`"),
         ({"model": "kimi"}, "model 'kimi' differs from ours, 'qwen': give both nodes the same `--model`"),
         ({"namespace": "dev"}, "namespace 'dev' differs from ours, 'prod': give both nodes the same `--namespace`"),
+        ({"content_digest": "f3" * 16}, "content f3f3f3f3f3f3… differs from ours, c1c1c1c1c1c1…"),
         ({"manifest_digest": OTHER_DIGEST}, "manifest digest e2e2e2e2e2e2… differs from ours, d1d1d1d1d1d1…"),
     ],
 )

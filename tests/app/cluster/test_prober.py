@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from app.cluster import prober as prober_module
-from app.cluster.cluster import Cluster
+from app.cluster.cluster import Cluster, Version
 from app.cluster.membership import FAILURES_MAX, SUSPECT_AFTER_S, Membership, PeerState
 from app.cluster.peers import PeerClient
 from app.cluster.prober import PROBE_INTERVAL_S, Prober
@@ -20,6 +20,8 @@ from shm.errors import InvalidInput, ManifestError
 from shm.manifest import Manifest
 
 CHECKSUM = "0123456789abcdef" * 2
+CONTENT = "c1" * 16
+OTHER_CONTENT = "e2" * 16
 
 
 class Script:
@@ -32,6 +34,7 @@ class Script:
         self.node = {
             "node_id": node_id, "model": "tiny", "namespace": "ns", "state": "ready", "session_id": f"{node_id}:1",
             "revision": "1", "replicas": 2, "manifest_digest": manifest.digest if manifest else None,
+            "content_digest": CONTENT if manifest else None,
         }  # fmt: skip
         self.experts = [(0, 0), (1, 3)]
         peer.answers |= {
@@ -106,7 +109,7 @@ def test_what_a_peer_published_is_known_after_one_look(
 ) -> None:
     watch = watch_of(peer)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     watch.look()
     held = cluster.holdings()["p"]
     assert held.session_id == "p:1"
@@ -121,11 +124,10 @@ def test_nothing_of_a_peer_is_known_before_there_is_a_manifest(
     watch_of: Callable[..., Watch], peer: Script, manifest: Manifest
 ) -> None:
     watch = watch_of(peer)
-    cluster = watch.cluster
     watch.look()
-    assert cluster.holdings() == {}
-    assert cluster.has_manifest()
-    assert watch.prober.fetch_manifest() == manifest
+    assert watch.cluster.holdings() == {}
+    assert watch.cluster.has_version()
+    assert watch.prober.fetch_version() == (manifest, Version(manifest.digest, CONTENT))
 
 
 def test_a_map_is_fetched_again_only_when_revision_or_session_changed(
@@ -133,7 +135,7 @@ def test_a_map_is_fetched_again_only_when_revision_or_session_changed(
 ) -> None:
     watch = watch_of(peer)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     seen = []
     for change in ({}, {}, {"revision": "2"}, {}, {"session_id": "p:2"}, {}):
         peer.node |= change
@@ -148,7 +150,7 @@ def test_the_revision_changes_with_what_is_held(
 ) -> None:
     watch = watch_of(peer)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     seen = [cluster.revision()]
     watch.look()
     seen.append(cluster.revision())
@@ -160,12 +162,24 @@ def test_the_revision_changes_with_what_is_held(
     assert len(set(seen)) == 3
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(None, CONTENT), (CONTENT, None), (None, None)])
+def test_while_either_content_is_unknown_nobody_is_a_replica(
+    watch_of: Callable[..., Watch], peer: Script, manifest: Manifest, ours: str | None, theirs: str | None
+) -> None:
+    watch = watch_of(peer)
+    watch.cluster.use_manifest(manifest, "placed", ours)
+    peer.node["content_digest"] = theirs
+    watch.look()
+    assert watch.cluster.peers()[0].conflict is None
+    assert watch.cluster.holdings() == {}
+
+
 def test_one_missed_poll_takes_nothing_away_but_a_lost_peer_does(
     watch_of: Callable[..., Watch], peer: Script, manifest: Manifest
 ) -> None:
     watch = watch_of(peer)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     watch.look()
     peer.peer.close()
     for failures in range(1, FAILURES_MAX + 1):
@@ -190,7 +204,7 @@ def test_nobody_becomes_suspect_or_lost_when_the_hosts_date_is_set(
     alive, failing = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
     watch = watch_of(alive, failing)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     watch.look()
     failing.peer.close()
     watch.look()
@@ -244,7 +258,7 @@ def test_alive_peers_come_before_suspect_ones(
     first, second = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
     watch = watch_of(first, second)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     watch.look()
     assert list(cluster.holdings()) == ["p", "q"]
     first.peer.close()
@@ -256,6 +270,7 @@ def test_alive_peers_come_before_suspect_ones(
     ("change", "said"),
     [
         ({"manifest_digest": "3" * 64}, "manifest digest 333333333333"),
+        ({"content_digest": OTHER_CONTENT}, f"content {OTHER_CONTENT[:12]}"),
         ({"model": "other"}, "model 'other'"),
         ({"namespace": "other"}, "namespace 'other'"),
         ({"node_id": "x"}, "answers as node 'x'"),
@@ -266,7 +281,7 @@ def test_a_peer_that_disagrees_is_listed_with_the_reason_and_is_no_source(
 ) -> None:
     watch = watch_of(peer)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     watch.look()
     assert "p" in cluster.holdings()
     peer.node |= change
@@ -277,20 +292,9 @@ def test_a_peer_that_disagrees_is_listed_with_the_reason_and_is_no_source(
     assert said in seen.conflict
     assert cluster.holdings() == {}
     peer.node |= {"node_id": "p", "model": "tiny", "namespace": "ns", "manifest_digest": manifest.digest}
+    peer.node["content_digest"] = CONTENT
     watch.look()
     assert "p" in cluster.holdings(), "as soon as it agrees again"
-
-
-def test_peers_that_disagree_among_each_other_give_no_manifest(
-    watch_of: Callable[..., Watch], odd_peer: Callable[[], Any], make_manifest: Callable[..., Manifest]
-) -> None:
-    one, other = make_manifest(experts=5), make_manifest(experts=7)
-    watch = watch_of(Script(odd_peer(), "p", one), Script(odd_peer(), "q", other))
-    watch.look()
-    with pytest.raises(ManifestError, match="peers disagree") as refused:
-        watch.prober.fetch_manifest()
-    assert one.digest[:12] in str(refused.value)
-    assert "--checkpoint" in str(refused.value)
 
 
 def test_the_manifest_comes_from_the_next_peer_if_one_cannot_give_it(
@@ -299,11 +303,79 @@ def test_the_manifest_comes_from_the_next_peer_if_one_cannot_give_it(
     broken, good = Script(odd_peer(), "p", manifest), Script(odd_peer(), "q", manifest)
     broken.manifest = None
     watch = watch_of(broken, good)
-    cluster = watch.cluster
-    assert not cluster.has_manifest()
-    assert watch.prober.fetch_manifest() is None
+    assert not watch.cluster.has_version()
+    assert watch.prober.fetch_version() is None
     watch.look()
-    assert watch.prober.fetch_manifest() == manifest
+    found = watch.prober.fetch_version()
+    assert found is not None
+    assert found[0] == manifest
+
+
+# -- what an empty node is to have ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watch_three(
+    watch_of: Callable[..., Watch], odd_peer: Callable[[], Any], manifest: Manifest
+) -> Callable[..., tuple[Watch, list[Script]]]:
+    """`watch_three(contents)` → a watch over as many peers, None for one that is down."""
+
+    def make(*contents: str | None) -> tuple[Watch, list[Script]]:
+        scripts = [Script(odd_peer(), name, manifest) for name in "pqr"[: len(contents)]]
+        for script, content in zip(scripts, contents, strict=True):
+            script.node["content_digest"] = content
+            if content is None:
+                script.peer.close()
+        return watch_of(*scripts), scripts
+
+    return make
+
+
+def test_what_most_peers_have_is_taken_and_the_others_are_named(
+    watch_three: Callable[..., tuple[Watch, list[Script]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    watch, _ = watch_three(CONTENT, OTHER_CONTENT, CONTENT)
+    watch.look()
+    found = watch.prober.fetch_version()
+    assert found is not None
+    assert found[1].content_digest == CONTENT
+    assert f"q: other weights than most (manifest {found[0].digest[:12]}… content {OTHER_CONTENT[:12]}…" in caplog.text
+
+
+def test_one_that_answers_first_does_not_decide_while_others_may_still_answer(
+    watch_three: Callable[..., tuple[Watch, list[Script]]],
+) -> None:
+    watch, scripts = watch_three(OTHER_CONTENT, None, None)
+    for _ in range(FAILURES_MAX - 1):
+        watch.look()
+        assert watch.prober.fetch_version() is None
+    watch.look()
+    assert [peer.state for peer in watch.cluster.peers()][1:] == [PeerState.UNREACHABLE] * 2
+    found = watch.prober.fetch_version()
+    assert found is not None, "the others are given up: it is what there is"
+    assert found[1].content_digest == OTHER_CONTENT
+    assert found[0] == scripts[0].manifest
+
+
+def test_a_tie_is_refused_with_who_has_what(watch_three: Callable[..., tuple[Watch, list[Script]]]) -> None:
+    watch, _ = watch_three(CONTENT, OTHER_CONTENT)
+    watch.look()
+    with pytest.raises(ManifestError, match="peers disagree") as refused:
+        watch.prober.fetch_version()
+    assert f"content {CONTENT[:12]}…" in str(refused.value)
+    assert f"content {OTHER_CONTENT[:12]}…" in str(refused.value)
+    assert "--checkpoint" in str(refused.value)
+
+
+def test_other_shapes_are_other_weights_too(
+    watch_of: Callable[..., Watch], odd_peer: Callable[[], Any], make_manifest: Callable[..., Manifest]
+) -> None:
+    one, other = make_manifest(experts=5), make_manifest(experts=7)
+    watch = watch_of(Script(odd_peer(), "p", one), Script(odd_peer(), "q", other), Script(odd_peer(), "r", other))
+    watch.look()
+    found = watch.prober.fetch_version()
+    assert found is not None
+    assert found[0] == other
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"node_id": 3}', b"{}"])
@@ -324,7 +396,7 @@ def test_a_map_that_cannot_be_had_is_asked_for_again(
 ) -> None:
     watch = watch_of(peer)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     good = peer.peer.answers["GET /v1/shard-map"]
     peer.peer.answers["GET /v1/shard-map"] = 500, b"{}"
     watch.look()
@@ -340,9 +412,9 @@ def test_another_manifest_voids_what_was_known(
 ) -> None:
     watch = watch_of(peer)
     cluster = watch.cluster
-    cluster.use_manifest(manifest, "placed")
+    cluster.use_manifest(manifest, "placed", CONTENT)
     watch.look()
-    cluster.use_manifest(make_manifest(experts=7), "placed")
+    cluster.use_manifest(make_manifest(experts=7), "placed", CONTENT)
     assert cluster.holdings() == {}
 
 

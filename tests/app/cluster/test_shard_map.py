@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.cluster.shard_map import entries, node_replicas, select
+from app.cluster.shard_map import entries, select
 from shm.block import DENSE, ExpertKey, TensorEntry
 from shm.errors import BlockUnavailable
 from shm.manifest import FileSpec, Manifest
@@ -61,17 +59,3 @@ def test_a_replica_of_other_content_is_left_out(mixed: Manifest) -> None:
 
 def test_what_nobody_has_is_not_in_the_map(mixed: Manifest) -> None:
     assert entries(mixed, range(6), [{}, {}]) == ([], [])
-
-
-def test_a_node_tells_only_what_it_has_published(live_node: Callable[..., Any], moe_checkpoint: Path) -> None:
-    context = live_node(checkpoint=moe_checkpoint).context
-    assert node_replicas(context.node.segment, "n", context.node.engine.session_id) == {}
-    assert context.restores.start_local((ExpertKey(3, 7),), ["disk"]).finished.wait(30)
-    segment = context.node.segment
-    row = segment.manifest.index(3, 7)
-    assert node_replicas(context.node.segment, "n", context.node.engine.session_id) == {
-        row: (
-            segment.checksum(row).hex(),
-            {"node_id": "n", "session_id": context.node.engine.session_id, "address": segment.address(row)},
-        )
-    }

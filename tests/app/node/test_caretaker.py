@@ -95,7 +95,9 @@ def test_peers_with_other_weights_never_win_over_the_checkpoint(
             break
     assert all(found == expected for found in sealed_with)
     assert held(namespace, "n1") == expected
-    assert "peers hold other weights" in second.said()
+    assert second.bytes_by_source()["peer"] == 0
+    (peer,) = (n for n in second.get("/v1/nodes")["nodes"] if n["node_id"] == "n0")
+    assert "other weights under the same names" in peer["conflict"]
 
 
 def test_a_checkpoint_that_comes_back_serves_again(

@@ -10,6 +10,7 @@ import pytest
 
 from app.cluster.placement import Placement
 from app.node.holding import Holding
+from app.node.proofs import Proofs
 from app.restores.store import ALL_KINDS
 from shm import ExpertKey, attach
 from shm.checksum import checksum
@@ -25,7 +26,9 @@ def holding(sealed: Callable[..., Segment], make_manifest: Callable[..., Manifes
     manifest = make_manifest()
     placement = Placement.compute(manifest, ("n0", "n1"), 1)
     segment = sealed("n0", manifest, placement.rows_of("n0").tolist())
-    return Holding("n0", segment, manifest, placement, ((segment.address(int(placement.rows_of("n0")[0])), 7),))
+    return Holding(
+        "n0", segment, manifest, placement, bytes(16), None, Proofs(len(manifest)), tuple(segment.served_ranges())
+    )
 
 
 def test_what_is_placed_here_and_not_published_is_missing(holding: Holding) -> None:
@@ -69,7 +72,7 @@ def test_one_that_was_replaced_can_still_be_read(live_node: Callable[..., Any], 
     before = node.holding
     content = {row: bytes(before.segment.block(row)) for row in before.published().tolist()}
     revision = before.revision
-    node.start_over(before.manifest)
+    node.start_over(before.disk)
     assert node.holding is not before
     assert before.revision == revision
     assert {row: bytes(before.segment.block(row)) for row in before.published().tolist()} == content
@@ -86,7 +89,7 @@ def test_a_restore_planned_before_a_renewal_publishes_nothing_in_the_next_segmen
     live = live_node(checkpoint=moe_checkpoint)
     node = live.context.node
     planned = node.plan_restore(None, ALL_KINDS, Progress())
-    node.start_over(node.manifest)
+    node.start_over(node.holding.disk)
     node.run(planned)
     assert node.holding.published().tolist() == []
     assert node.checks()["sealed"] is False
@@ -94,3 +97,18 @@ def test_a_restore_planned_before_a_renewal_publishes_nothing_in_the_next_segmen
     with attach("moe", namespace=namespace) as weights:
         found = {weights.manifest.keys[row]: bytes(weights.block(row)) for row in weights.rows().tolist()}
     assert found == expected_blocks(moe_checkpoint)
+
+
+def test_a_node_tells_only_what_it_has_published_and_where_others_may_read_it(
+    live_node: Callable[..., Any], moe_checkpoint: Path
+) -> None:
+    context = live_node(checkpoint=moe_checkpoint).context
+    holding = context.node.holding
+    assert holding.replicas("s:1") == {}
+    assert context.restores.start_local((ExpertKey(3, 7),), ["disk"]).finished.wait(30)
+    segment, row = holding.segment, holding.manifest.index(3, 7)
+    served = segment.served_address(row)
+    assert served != segment.address(row), "the view that nobody can write through"
+    assert holding.replicas("s:1") == {
+        row: (segment.checksum(row).hex(), {"node_id": "n", "session_id": "s:1", "address": served})
+    }

@@ -11,7 +11,7 @@ from shm.block import ExpertKey
 
 A, B = ExpertKey(3, 7), ExpertKey(4, 0)
 START = 1003.5
-EMPTY = Seen(has_manifest=False, can_begin=False, missing=(), damaged=(), is_unsettled=False, sources="")
+EMPTY = Seen(has_manifest=False, can_begin=False, missing=(), damaged=(), sources="")
 COMPLETE = replace(EMPTY, has_manifest=True, can_begin=True)
 LACKING = replace(COMPLETE, missing=(A, B))
 
@@ -50,11 +50,6 @@ def test_what_goes_missing_long_after_it_was_complete_is_brought(upkeep: Upkeep)
 def test_no_manifest_waits_for_a_peer_that_has_one(upkeep: Upkeep) -> None:
     assert upkeep.next(EMPTY, START) is None
     assert upkeep.next(replace(EMPTY, can_begin=True), START + 0.5) == Task(None, KINDS["auto"])
-
-
-def test_unsettled_has_the_checkpoint_win_and_stays_with_the_disk(upkeep: Upkeep) -> None:
-    assert upkeep.next(replace(COMPLETE, is_unsettled=True), START) == Task(None, KINDS["disk"], replaces=True)
-    assert upkeep.next(LACKING, START + 0.5) == Task((A, B), KINDS["disk"])
 
 
 @pytest.mark.parametrize("fill", ["auto", "disk", "peer"])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.errors import Conflict, LimitReached, NotFound
 from app.restores.consumers import CONSUMERS_MAX, ConsumerStore
+from app.restores.pushes import PUSHES_MAX
+from tests.processes import pause
 from transfer.push.table import FormCopy, PushTable, SlotBases
 
 # An engine: it fills its parameters with noise, registers them, says where they are, and from then on only waits.
@@ -85,7 +88,7 @@ class Engine:
 
 
 @pytest.fixture
-def engine(python: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., Engine]:
+def engine(python_with_torch: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., Engine]:
     """`engine(placement, ttl_s=…, left_out=…, device=…)` → a process that owns tensors and an engine, and waits.
 
     `left_out` ranges are not registered with its engine, though it says so.
@@ -94,7 +97,7 @@ def engine(python: Callable[..., Any], moe_checkpoint: Path) -> Callable[..., En
     def start(
         placement: list[int] = REDUNDANT, *, ttl_s: float = 300, left_out: int = 0, device: str = "cpu"
     ) -> Engine:
-        return Engine(python(ENGINE, moe_checkpoint, json.dumps(placement), ttl_s, left_out, device))
+        return Engine(python_with_torch(ENGINE, moe_checkpoint, json.dumps(placement), ttl_s, left_out, device))
 
     return start
 
@@ -250,17 +253,15 @@ def test_memory_that_the_engine_did_not_register_is_refused_by_the_engine_itself
 
 
 def test_a_stopped_engine_does_not_hold_a_restore_up_for_long(
-    cluster: Callable[..., list[Any]], engine: Callable[..., Engine], wait_until: Callable[..., Any]
+    cluster: Callable[..., list[Any]], engine: Callable[..., Engine]
 ) -> None:
     (node,), rank = cluster(1, 1), engine([1, 2])
     put(node, rank.document)
     assert restore(node)["state"] == "succeeded"
-    process = psutil.Process(rank.child.pid)
-    process.suspend()
-    wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "stopped")
+    pause(rank.child.pid)
     done = restore(node, sources=["peer"])
     assert done["state"] == "failed"
-    process.resume()
+    os.kill(rank.child.pid, signal.SIGCONT)
     assert restore(node)["state"] == "succeeded"
     assert node.get("/v1/consumers/rank-0")["error"] is None
 
@@ -354,6 +355,8 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
         "pushed": [{"layer": 3, "expert": 1, "said": checksums[3, 1]}], "failed": [], "consumer_error": None,
     }  # fmt: skip
     assert rank.found() == (1, 5)
+    for _ in range(PUSHES_MAX):
+        assert push([good]).status_code == 200, "each gave its place back"
     _spoil(node.get("/v1/node")["segment"], layer=3, expert=1)
     assert "at the source" in push([good]).json()["failed"][0]["said"]
     wait_until(lambda: push([good]).json()["pushed"], "mended")

@@ -182,16 +182,16 @@ def test_a_node_without_a_manifest_says_why_it_cannot(live_node: Callable[..., A
 def test_a_restore_that_is_over_keeps_no_memory_of_a_segment_that_is_given_up(store: RestoreStore, live: Any) -> None:
     node = live.context.node
     done = ended(store, store.submit(REQUEST).id)
-    assert mapped(node) == [node.name.object_name]
-    node.start_over(node.manifest)
-    assert mapped(node) == [node.name.object_name], "the new one; the old one would be held twice over"
+    assert mapped(node) == {node.name.object_name}
+    node.start_over(node.holding.disk)
+    assert mapped(node) == {node.name.object_name}, "the new one; the old one would be held twice over"
     assert store.get(done.id).document() == done
 
 
-def mapped(node: Node) -> list[str]:
+def mapped(node: Node) -> set[str]:
     """Shared-memory objects of the node's name that this process has mapped, given up or not."""
     lines = Path("/proc/self/maps").read_text().splitlines()
-    return [line.partition("/dev/shm/")[2] for line in lines if node.name.object_name in line]
+    return {line.partition("/dev/shm/")[2] for line in lines if node.name.object_name in line}
 
 
 # -- keys and memory -------------------------------------------------------------------------------------------

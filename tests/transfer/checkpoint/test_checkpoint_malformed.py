@@ -4,95 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.transfer.checkpoint.damage import (
+    EXPERT,
+    FUZZ,
+    INDEX,
+    JSON,
+    change_index,
+    entries,
+    header_of,
+    refused,
+    write,
+    write_raw,
+)
 from transfer.checkpoint import read_checkpoint
-from transfer.checkpoint.safetensors_header import HEADER_NBYTES_MAX
-from transfer.checkpoint.synth import write_checkpoint
 from transfer.errors import CheckpointError
-
-Header = dict[str, Any]
-Entries = dict[str, tuple[str, list[int]]]
-
-INDEX = "model.safetensors.index.json"
-EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
-
-
-def entries(layers: int = 1, experts: int = 3) -> Entries:
-    """A small model's tensors, of 3 by 5 BF16."""
-    return {
-        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": ("BF16", [3, 5])
-        for layer in range(layers)
-        for expert in range(experts)
-        for part in ("gate", "up", "down")
-    }
-
-
-def header_of(tensors: Entries) -> Header:
-    header: Header = {}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + {"BF16": 2, "U8": 1, "F32": 4}[dtype] * shape[0] * shape[1]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    return header
-
-
-def write_raw(path: Path, text: bytes, data: bytes, length: int | None = None) -> None:
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
-
-
-def write(path: Path, header: Header) -> None:
-    ends = [e["data_offsets"][1] for e in header.values() if isinstance(e, dict) and "data_offsets" in e]
-    write_raw(path, json.dumps(header).encode(), bytes(max(ends)))
-
-
-def refused(directory: Path, *says: str, include: str = "experts") -> None:
-    with pytest.raises(CheckpointError) as caught:
-        read_checkpoint(directory, "m", include)  # type: ignore[arg-type]
-    assert str(directory) in str(caught.value)
-    for words in says:
-        assert words in str(caught.value)
-
-
-@pytest.fixture
-def damaged(tmp_path: Path) -> Callable[[Callable[[Header], object]], Path]:
-    """A valid one-file checkpoint whose header a function has changed; the data stays."""
-
-    def make(change: Callable[[Header], object]) -> Path:
-        header = header_of(entries())
-        nbytes = max(e["data_offsets"][1] for e in header.values())
-        change(header)
-        write_raw(tmp_path / "model.safetensors", json.dumps(header).encode(), bytes(nbytes))
-        return tmp_path
-
-    return make
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """Two files and an index, valid."""
-    parts = {"model-00001-of-00002.safetensors": entries(1), "model-00002-of-00002.safetensors": {}}
-    parts["model-00002-of-00002.safetensors"] = {k: v for k, v in entries(2).items() if k not in entries(1)}
-    for file, tensors in parts.items():
-        write(tmp_path / file, header_of(tensors))
-    weight_map = {name: file for file, tensors in parts.items() for name in tensors}
-    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return tmp_path
-
-
-def change_index(directory: Path, change: Callable[[dict[str, str]], object]) -> Path:
-    document = json.loads((directory / INDEX).read_text())
-    change(document["weight_map"])
-    (directory / INDEX).write_text(json.dumps(document))
-    return directory
 
 
 def test_the_undamaged_ones_are_read(damaged: Callable[..., Path], sharded: Path) -> None:
@@ -183,110 +117,6 @@ def test_index_that_is_no_index(sharded: Path, text: str) -> None:
     refused(sharded, INDEX)
 
 
-# -- header ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("data", [b"", b"\0" * 7])
-def test_file_too_short_for_a_length(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "model.safetensors").write_bytes(data)
-    refused(tmp_path, f"has {len(data)} bytes, too few")
-
-
-def test_header_longer_than_the_file(tmp_path: Path) -> None:
-    write_raw(tmp_path / "model.safetensors", b"{}", b"", length=3333)
-    refused(tmp_path, "header of 3,333 bytes is longer than the file (10)")
-
-
-def test_header_longer_than_the_limit(tmp_path: Path) -> None:
-    write_raw(tmp_path / "model.safetensors", b"<!DOCTYPE html>", b"", length=HEADER_NBYTES_MAX + 1)
-    refused(tmp_path, "100,000,001 bytes", "the limit is 100,000,000")
-
-
-@pytest.mark.parametrize("text", [b"{", b"", b"\xff\xfe{}", b"[" * 99_999, b'{"a": ' + b"9" * 5000 + b"}"])
-def test_header_that_is_not_json(tmp_path: Path, text: bytes) -> None:
-    write_raw(tmp_path / "model.safetensors", text, b"")
-    refused(tmp_path, "model.safetensors", "is not valid JSON")
-
-
-@pytest.mark.parametrize("text", [b"[]", b"7", b"null"])
-def test_header_that_is_not_an_object(tmp_path: Path, text: bytes) -> None:
-    write_raw(tmp_path / "model.safetensors", text, b"")
-    refused(tmp_path, "is not a JSON object")
-
-
-def test_tensor_twice_in_a_header(tmp_path: Path) -> None:
-    one = json.dumps(header_of(entries()))
-    text = one[:-1] + f', "{EXPERT}": ' + json.dumps(header_of(entries())[EXPERT]) + "}"
-    write_raw(tmp_path / "model.safetensors", text.encode(), bytes(9 * 30))
-    refused(tmp_path, f"{EXPERT!r} twice")
-
-
-def test_dtype_that_is_not_known(damaged: Callable[..., Path]) -> None:
-    refused(damaged(lambda h: h[EXPERT].update(dtype="BF17")), EXPERT, "'BF17' is not one of")
-
-
-def test_dtype_and_shape_that_disagree_with_the_range(damaged: Callable[..., Path]) -> None:
-    refused(damaged(lambda h: h[EXPERT].update(dtype="F32")), EXPERT, "F32 [3, 5] takes 60 bytes, its range has 30")
-    refused(damaged(lambda h: h[EXPERT].update(shape=[3, 4])), EXPERT, "BF16 [3, 4] takes 24 bytes, its range has 30")
-
-
-@pytest.mark.parametrize("shape", [[-3, -5], [3.0, 5], ["3", 5], [True, 15], "35", None, [1] * 99, [2**63, 2**63, 0]])
-def test_shape_that_is_no_list_of_sizes(damaged: Callable[..., Path], shape: Any) -> None:
-    refused(damaged(lambda h: h[EXPERT].update(shape=shape)), EXPERT, "whole numbers")
-
-
-@pytest.mark.parametrize("offsets", [[0], [0, 1, 2], [-1, 29], {"0": 1}, None])
-def test_offsets_that_are_no_pair_of_sizes(damaged: Callable[..., Path], offsets: Any) -> None:
-    refused(damaged(lambda h: h[EXPERT].update(data_offsets=offsets)), EXPERT, "whole numbers")
-
-
-def test_offsets_in_the_wrong_order(damaged: Callable[..., Path]) -> None:
-    refused(damaged(lambda h: h[EXPERT]["data_offsets"].reverse()), EXPERT, "before it begins")
-
-
-@pytest.mark.parametrize("entry", [None, 7, [], "x", {}, {"dtype": "BF16", "shape": [3, 5]}])
-def test_entry_that_lacks_something(damaged: Callable[..., Path], entry: Any) -> None:
-    refused(damaged(lambda h: h.update({EXPERT: entry})), EXPERT, "lacks dtype, shape or data_offsets")
-
-
-def test_overlapping_offsets(damaged: Callable[..., Path]) -> None:
-    first = "model.layers.0.mlp.experts.1.gate_proj.weight"
-    refused(damaged(lambda h: h[EXPERT].update(data_offsets=[118, 148])), first, EXPERT, "overlap")
-
-
-def test_a_hole_between_tensors(damaged: Callable[..., Path]) -> None:
-    after = "model.layers.0.mlp.experts.1.down_proj.weight"
-    refused(damaged(lambda h: h.pop(EXPERT)), after, "leave a hole")
-
-
-def test_bytes_after_the_last_tensor(tmp_path: Path) -> None:
-    write_raw(tmp_path / "model.safetensors", json.dumps(header_of(entries())).encode(), bytes(9 * 30 + 7))
-    refused(tmp_path, "7 bytes after tensor 'model.layers.0.mlp.experts.2.down_proj.weight' belong to no tensor")
-
-
-def test_file_cut_short(tmp_path: Path) -> None:
-    write_raw(tmp_path / "model.safetensors", json.dumps(header_of(entries())).encode(), bytes(9 * 30 - 7))
-    refused(tmp_path, "ends at 270, the file's data has 263 bytes")
-
-
-@pytest.mark.parametrize("name", ["", "x" * 1025, "tab\t", "model.{layer}.x", "a[3]", "\ud800", "a..b", ".a", "a."])
-def test_tensor_name_that_cannot_be(damaged: Callable[..., Path], name: str) -> None:
-    refused(damaged(lambda h: h.update({name: h.pop(EXPERT)})), "printable characters")
-
-
-def test_metadata_that_is_not_text_is_refused_by_the_library(damaged: Callable[..., Path]) -> None:
-    refused(damaged(lambda h: h.update(__metadata__={"format": 7})), "refused by the safetensors library")
-
-
-def test_pipe_instead_of_a_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "model.safetensors")
-    refused(tmp_path, "is not a regular file")
-    (tmp_path / "model.safetensors").unlink()
-    write(tmp_path / "model.safetensors", header_of(entries()))
-    os.mkfifo(tmp_path / "config.json")
-    refused(tmp_path, "config.json is not a regular file")
-
-
 # -- config ----------------------------------------------------------------------------------------------------
 
 
@@ -349,81 +179,6 @@ def test_expert_that_lost_a_tensor_is_named_with_its_file(sharded: Path) -> None
 
 
 # -- any damage ------------------------------------------------------------------------------------------------
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9)
-    | st.sampled_from(["BF16", "F4", "F6_E2M3", "U8", "model.layers.0.mlp.experts.1.up_proj.weight"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    directory = tmp_path_factory.mktemp("valid") / "c"
-    plan = write_checkpoint(directory, "gpt-oss-120b", layers=2, experts=3, scale=0.01)
-    return (directory / plan.files[0].name).read_bytes()
-
-
-def read_or_refuse(directory: Path, data: bytes) -> None:
-    (directory / "model.safetensors").write_bytes(data)
-    for include in ("experts", "all"):
-        with contextlib.suppress(CheckpointError):
-            manifest = read_checkpoint(directory, "m", include).manifest  # type: ignore[arg-type]
-            assert len(manifest.digest) == 64
-            names = {name.partition("[")[0] for i in range(len(manifest)) for name in manifest.tensor_names(i)}
-            header, _ = split(data)
-            assert names <= set(header)
-            assert include == "experts" or names == set(header) - {"__metadata__"}
-
-
-def split(data: bytes) -> tuple[Header, bytes]:
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
-
-
-@FUZZ
-@given(at=st.integers(0, 3333), byte=st.integers(0, 255), cut=st.none() | st.integers(0, 9999))
-def test_any_byte_may_change(valid: bytes, tmp_path: Path, at: int, byte: int, cut: int | None) -> None:
-    data = bytearray(valid)
-    data[at] = byte
-    read_or_refuse(tmp_path, bytes(data[:cut]))
-
-
-@FUZZ
-@given(data=st.data())
-def test_any_value_of_the_header_may_be_anything(valid: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    header, rest = split(valid)
-    name = data.draw(st.sampled_from(sorted(header)))
-    field = data.draw(st.sampled_from(["", "dtype", "shape", "data_offsets"]))
-    value = data.draw(JSON)
-    if field and name != "__metadata__":
-        header[name][field] = value
-    else:
-        header[name] = value
-    write_raw(tmp_path / "model.safetensors", json.dumps(header).encode(), rest)
-    read_or_refuse(tmp_path, (tmp_path / "model.safetensors").read_bytes())
-
-
-@FUZZ
-@given(data=st.data())
-def test_any_tensor_may_have_any_name_and_split_of_its_sides(valid: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    header, rest = split(valid)
-    part = st.sampled_from(
-        ["model", "layers", "experts", "0", "1", "99999999", "1" * 30, "gate_up_proj", "w1", "", "x"]
-    )
-    for name in data.draw(st.lists(st.sampled_from(sorted(set(header) - {"__metadata__"})), max_size=5, unique=True)):
-        entry = header.pop(name)
-        begin, end = entry["data_offsets"]
-        sides = data.draw(st.sampled_from([[end - begin], [1, end - begin], [end - begin, 1], [1, 1, end - begin]]))
-        header[data.draw(st.lists(part, min_size=1, max_size=7).map(".".join))] = {
-            **entry,
-            "dtype": "U8",
-            "shape": sides,
-        }
-    write_raw(tmp_path / "model.safetensors", json.dumps(header).encode(), rest)
-    read_or_refuse(tmp_path, (tmp_path / "model.safetensors").read_bytes())
 
 
 @FUZZ

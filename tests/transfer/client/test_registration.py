@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from shm.errors import InvalidInput
+from tests.processes import DEADLINE_S
 from transfer import Restorer
 from transfer.client.http import NodeRefused, NodeUnreachable
 from transfer.errors import RestoreError
@@ -41,25 +41,32 @@ class Rank:
 
 
 def restore(url: str, wait_until: Callable[..., Any], **body: Any) -> dict[str, Any]:
-    answer = httpx.post(f"{url}/v1/restores", json={"target": {"consumer_id": "rank-0"}, **body})
+    body = {"target": {"consumer_id": "rank-0"}, **body}
+    answer = httpx.post(f"{url}/v1/restores", json=body, timeout=DEADLINE_S)
     assert answer.status_code == 202, answer.text
     at = url + answer.headers["location"]
-    wait_until(lambda: httpx.get(at).json()["state"] in ("succeeded", "failed"), "ended")
-    document: dict[str, Any] = httpx.get(at).json()
+
+    def ended() -> Any:
+        document = httpx.get(at, timeout=DEADLINE_S).json()
+        return document if document["state"] in ("succeeded", "failed") else None
+
+    document: dict[str, Any] = wait_until(ended, "ended")
     return document
 
 
 def consumers(url: str) -> list[str]:
     try:
-        return [each["id"] for each in httpx.get(f"{url}/v1/consumers").json()["consumers"]]
+        return [each["id"] for each in httpx.get(f"{url}/v1/consumers", timeout=DEADLINE_S).json()["consumers"]]
     except httpx.HTTPError:
         return []
 
 
 def seconds_left(url: str) -> float:
-    return float(httpx.get(f"{url}/v1/consumers/rank-0").json()["expires_in_s"])
+    """Of the registration; none at all where it has ended."""
+    return float(httpx.get(f"{url}/v1/consumers/rank-0", timeout=DEADLINE_S).json().get("expires_in_s", 0))
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_any_node_has_the_slots_filled_until_they_are_let_go(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any]
 ) -> None:
@@ -68,11 +75,11 @@ def test_any_node_has_the_slots_filled_until_they_are_let_go(
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
         restorer.register("rank-9")
-        restorer.register("rank-0", ttl_s=1)
+        restorer.register("rank-0", ttl_s=3)
         assert consumers(nodes.urls[0]) == ["rank-0"], "a second registration takes the place of the first"
 
-        wait_until(lambda: seconds_left(nodes.urls[0]) < 0.9, "time passes")
-        wait_until(lambda: seconds_left(nodes.urls[0]) > 0.9, "renewed")
+        wait_until(lambda: seconds_left(nodes.urls[0]) < 2.7, "time passes")
+        wait_until(lambda: seconds_left(nodes.urls[0]) > 2.7, "renewed")
         for url in nodes.urls:  # the node that it is registered with, and one that has to ask for it
             rank.wipe()
             done = restore(url, wait_until, read_back=True)
@@ -92,6 +99,7 @@ def test_any_node_has_the_slots_filled_until_they_are_let_go(
     assert consumers(nodes.urls[0]) == [], "closed"
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_a_node_that_was_restarted_is_told_again(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any]
 ) -> None:
@@ -121,15 +129,16 @@ def test_a_new_engine_takes_the_registration_over(
         assert restorer.restore().bytes_by_source["peer"] > 0
         # It stops between our looking and our reading, a moment that cannot be hit from outside.
         monkeypatch.setattr(restorer._control, "silent", lambda _: set())
-        nodes.processes[1].send_signal(signal.SIGSTOP)
+        nodes.pause(1)
         assert restorer.restore().ok
-        nodes.processes[1].send_signal(signal.SIGCONT)
+        nodes.resume(1)
         assert restorer.session_id not in (None, first), "the engine that might still be sent bytes is gone"
         rank.wipe()
         assert restore(nodes.urls[0], wait_until)["state"] == "succeeded"
         assert rank.is_right
 
 
+@pytest.mark.usefixtures("kept_engines")
 def test_what_stands_against_a_registration_is_said(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
     rank = Rank(tiny_qwen3_moe)
     with Restorer(NOBODY) as restorer:

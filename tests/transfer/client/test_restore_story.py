@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transfer import Restorer
 from transfer.slots import Slots
 
+pytestmark = pytest.mark.usefixtures("kept_engines")
 WORDS = torch.arange(1, 12)[None]
 FAMILIES = {"qwen3_moe": 15, "mixtral": 15, "deepseek_v3": 12}  # experts, over all layers
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
+from tests.processes import pause
 from transfer.destination import Landing
 from transfer.engine import Copy, MooncakeEngine, TransferEngine, protocol
 from transfer.engine.double import EngineDouble, Network
@@ -96,7 +97,7 @@ class PeerProcess:
         self._ask("close")
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        pause(self.process.pid)
 
     def wake(self) -> None:
         self.process.send_signal(signal.SIGCONT)

@@ -18,6 +18,7 @@ from transfer.sglang import plugin
 from transfer.sglang.client import HotspareBackupClient, run_expert_backup_manager
 from transfer.sglang.engine import EXPERT_LOCATION, RUNTIME_CONTEXT
 
+pytestmark = pytest.mark.usefixtures("kept_engines")
 NOBODY = "http://127.0.0.1:9"
 NAME = re.compile(r"(?P<stem>.*\.layers\.(?P<layer>\d+)\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.(?P<kind>\w+)")
 Stored = dict[str, torch.Tensor]

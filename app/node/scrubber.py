@@ -1,0 +1,97 @@
+"""Proves blocks in the background, the one whose proof is oldest first, at a bounded rate, for ever.
+
+Memory rots: a flipped bit, a stray write. What is wrong is hidden at once, so that no reader and no peer takes it for
+good, and then mended by an ordinary restore; what cannot be mended now, the caretaker tries again.
+
+The rate is such that everything is proved within a day, and takes little of the memory's bandwidth. After an adoption,
+when nothing is proved yet, the first time through is faster. A restore is never held up: while one is under way nothing
+is proved.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from app.node.holding import Holding
+from app.node.node import Node
+from shm.block import ExpertKey
+from shm.checksum import checksum
+from transfer.loop import Loop
+
+WITHIN_S = 86_400.0  # all of it, once
+RATE_MIN = 1 << 20  # bytes a second, of a small segment
+FIRST_RATE = 100 << 20  # while something was never proved: 1% of what a host's memory gives, 10 GB/s and more
+TURN_S_MIN = 0.02  # between turns: small blocks are proved several at a time
+LOOK_INTERVAL_S = 10.0  # between looks at header, manifest and table: a few megabytes of a large model's
+IDLE_S = 1.0  # between looks at whether there is anything to prove
+
+Mend = Callable[[Sequence[ExpertKey]], None]
+
+_log = logging.getLogger("hotspare.scrub")
+
+
+class Scrubber:
+    """One node's. Counts what it did since it began."""
+
+    def __init__(self, node: Node, mend: Mend) -> None:
+        self.loop = Loop("hotspare-scrubber", self._turn)
+        self.proved = 0
+        """Blocks found right."""
+        self.rotten = 0
+        """Blocks found wrong, and hidden."""
+        self.mended = 0
+        """Parts of what leads to the blocks found damaged, and written anew."""
+        self._node = node
+        self._mend = mend
+        self._looked_at = float("-inf")
+
+    def rate(self, holding: Holding) -> float:
+        """Bytes a second that are to be proved now."""
+        published = holding.published()
+        total = int(holding.manifest.nbytes[published].sum())
+        asked = self._node.settings.scrub_rate or max(RATE_MIN, total / WITHIN_S)
+        return max(asked, FIRST_RATE) if holding.proofs.unproved(published) else asked
+
+    def _turn(self) -> float:
+        holding = self._node.holding
+        if holding is None or self._node.is_restoring:
+            return IDLE_S
+        self.look_at_what_leads_there(holding)
+        rate, done = self.rate(holding), 0
+        while done < rate * TURN_S_MIN:
+            row = holding.proofs.next(holding.published())
+            if row is None:
+                return IDLE_S
+            self.prove(holding, row)
+            done += int(holding.manifest.nbytes[row])
+            if done >= int(holding.manifest.nbytes.sum()):  # small enough to be proved more than once in a turn
+                break
+        return max(TURN_S_MIN, done / rate)
+
+    def look_at_what_leads_there(self, holding: Holding) -> None:
+        """Header, manifest and block table: in the object twice, and in our own memory, which is believed."""
+        if time.monotonic() - self._looked_at < LOOK_INTERVAL_S:
+            return
+        self._looked_at = time.monotonic()
+        damage = holding.segment.mend()
+        if damage.parts or damage.rows:
+            self.mended += len(damage.parts) + len(damage.rows)
+            _log.error("%s was damaged in memory, and is written anew", damage)
+
+    def prove(self, holding: Holding, row: int) -> bool:
+        """Take a published block's checksum; whether it is the one on record. A block that is not is hidden."""
+        segment, recorded = holding.segment, holding.segment.checksum(row)
+        if checksum(segment.block(row)) == recorded:
+            holding.proofs.note(row)
+            self.proved += 1
+            return True
+        if segment.checksum(row) != recorded or row not in holding.published():
+            return True  # it was being written anew meanwhile, and is proved by whoever does
+        segment.quarantine(row)
+        self.rotten += 1
+        key = holding.manifest.keys[row]
+        _log.error("expert %d of layer %d does not match its checksum: it is hidden now", key.expert, key.layer)
+        self._mend([key])
+        return False

@@ -1,0 +1,110 @@
+"""The process of `hotspare serve`: what it says, how it stops, and what keeps it from starting."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shm.layout import SegmentName
+from tests.processes import Child
+
+Hotspare = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., Child]
+Options = Callable[..., list[str]]
+Objects = Callable[[], list[str]]
+
+
+def test_it_fills_announces_and_stops_cleanly_and_the_next_one_adopts(
+    start: Start, options: Options, hotspare: Hotspare, namespace: str, model: str
+) -> None:
+    first = start(options(), anew=True)
+    announced = first.expect("node-a of")
+    assert "/docs" in announced
+    assert SegmentName(namespace, model, "node-a").object_name in announced
+    assert "from disk" in first.expect("node-a is ready after")
+    status, said, chatter = first.stop()
+    assert (status, said.strip(), chatter) == (0, "node-a stopped", ""), "no chatter, of ours or the engine's"
+    second = start(options(), anew=True)
+    assert "14 blocks, adopted" in second.expect("node-a is ready after")
+    assert second.stop(signal.SIGINT)[0] == 0
+    assert hotspare("verify", "--namespace", namespace).returncode == 0
+
+
+def test_debug_shows_what_the_engine_says(start: Start, options: Options) -> None:
+    daemon = start([*options(), "--log-level", "debug"])
+    daemon.expect("node-a is ready after")
+    status, _, said = daemon.stop()
+    assert status == 0
+    assert "transfer_metadata" in said
+
+
+def test_a_node_told_to_wait_leaves_no_unsealed_segment_when_it_stops(
+    start: Start, options: Options, objects: Objects
+) -> None:
+    daemon = start([*options(), "--fill", "none"])
+    assert "waiting" in daemon.expect("node-a of")
+    assert objects()
+    assert daemon.stop()[0] == 0
+    assert objects() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_node_that_is_told_to_stop_while_it_opens_leaves_nothing(
+    start: Start, options: Options, objects: Objects, wait_until: Callable[..., Any], number: int
+) -> None:
+    daemon = start([*options(), "--fill", "none"], anew=number == signal.SIGTERM)
+    wait_until(objects, "its segment is there")
+    assert daemon.stop(number)[0] == 0
+    assert objects() == []
+
+
+def test_a_port_in_use_is_said_and_nothing_is_left(hotspare: Hotspare, options: Options, objects: Objects) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = hotspare("serve", *options(port))
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port} is in use" in done.stderr
+    assert objects() == []
+
+
+def test_an_address_of_another_host_is_said(hotspare: Hotspare, options: Options) -> None:
+    done = hotspare("serve", *options(), "--listen", "192.0.2.7:8470", "--insecure")
+    assert done.returncode == 1
+    assert "not an address of this host" in done.stderr
+
+
+def test_a_host_without_an_address_is_said(hotspare: Hotspare, options: Options) -> None:
+    done = hotspare("serve", *options(), "--listen", "nowhere.invalid:8470", "--insecure")
+    assert done.returncode == 1
+    assert "nowhere.invalid has no address here" in done.stderr
+
+
+def test_a_second_daemon_of_one_segment_is_refused_by_name_and_pid(
+    start: Start, options: Options, hotspare: Hotspare, model: str
+) -> None:
+    first = start(options())
+    first.expect("node-a is ready after")
+    done = hotspare("serve", *options())
+    assert done.returncode == 1
+    assert str(first.pid) in done.stderr
+    assert model in done.stderr
+    assert "Traceback" not in done.stderr
+    assert first.stop()[0] == 0
+
+
+def test_a_checkpoint_that_cannot_be_used_is_said_and_nothing_is_left(
+    hotspare: Hotspare, options: Options, objects: Objects, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 33)
+    for directory in (tmp_path, tmp_path / "missing"):
+        done = hotspare("serve", *options(directory=directory))
+        assert done.returncode == 1
+        assert str(directory) in done.stderr
+        assert "Traceback" not in done.stderr
+    assert objects() == []
