@@ -43,15 +43,16 @@ class Restore:
         key_of: Callable[[int], ExpertKey],
         progress: Progress | None = None,
         settle: Callable[[], None] = lambda: None,
-        fence: Callable[[], None] = lambda: None,
         reasons: Mapping[int, str] | None = None,
+        fence: Callable[[], None] | None = None,
     ) -> None:
         """`tiers` are the sources, nearest first; `offers` says which of them have which row, and where.
 
-        `settle` is called once all is published that could be had, before the report says that it is over. `fence`
-        sees to it that no transfer that was given up on can write any more: blocks that one might write to are looked
-        at once more after that, and only then published. Where it raises, they are not. `reasons` is what the report
-        says of a row that could not be had, before what its sources said.
+        `settle` is called once all is published that could be had, before the report says that it is over. `reasons`
+        is what the report says of a row that could not be had, before what its sources said. `fence` sees to it that no
+        transfer that was given up on can write any more: blocks that one might write to are looked at once more after
+        that, and only then published. Where it raises, they are not. Without a fence it is taken that what comes late
+        has come.
         """
         wants = list(wants)
         self._sources: dict[Hashable, Source] = {source: source for tier in tiers for source in tier}
@@ -62,7 +63,7 @@ class Restore:
         }
         self._totals = len(wants), sum(want.nbytes for want in wants)
         self._ledger = Ledger(wants, offers, parties, reasons)
-        self._given_up: list[Batch] = []
+        self._presumed: list[Batch] = []
         self._destination = destination
         self._key_of = key_of
         self._settle = settle
@@ -82,9 +83,9 @@ class Restore:
         return self.progress.report()
 
     @property
-    def given_up(self) -> tuple[Batch, ...]:
-        """The transfers that were given up on: whether they have ended, `fence` saw to, and nobody where it is none."""
-        return (*self._ledger.outstanding, *self._given_up)
+    def outstanding(self) -> tuple[Batch, ...]:
+        """Transfers that were given up on: nobody knows whether they have ended."""
+        return (*self._ledger.outstanding, *self._presumed)
 
     def run(self) -> Report:
         """Bring every block that can be had. Never raises for what a source does; the report says what is missing."""
@@ -141,16 +142,21 @@ class Restore:
                     return
                 if not is_quiet:
                     self._changed.wait(self._wait_s)
-            self._end_outstanding() if is_quiet else self._tell(lambda: None)
+            if is_quiet:
+                self._end_outstanding()
+            else:
+                self._tell(lambda: None)  # a doubted source may be asked again by now
 
     def _end_outstanding(self) -> None:
-        """Have every transfer that was given up on end: nothing of ours is under way any more."""
-        self._fence()
+        """Nothing of ours is under way any more but what was given up on: have that end, too."""
+        if self._fence is not None:
+            self._fence()
         self._tell(self._all_ended)
 
     def _all_ended(self) -> None:
         for batch in self._ledger.outstanding:
-            self._given_up.append(batch)
+            if self._fence is None:
+                self._presumed.append(batch)
             self._ledger.ended(batch)
 
     def _tell(self, what: Callable[[], None]) -> None:

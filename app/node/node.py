@@ -45,10 +45,9 @@ from transfer.progress import Progress
 from transfer.restore import Restore
 from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind, reading
 
-IN_PLACE = "in place"
-
 UNKNOWN_ORIGIN = bytes(DIGEST_NBYTES)  # of content that came from peers
 
+IN_PLACE = "in place"
 RDMA = "rdma"
 
 _log = logging.getLogger("hotspare.node")
@@ -253,14 +252,14 @@ class Node:
         self._reader.fence()  # what an earlier restore could not end must not write into this one's blocks
         holding = self._held()
         rows = holding.rows_of(experts).tolist()
-        disk = holding.disk if SourceKind.DISK in kinds else None
+        pinned = holding.disk if SourceKind.DISK in kinds else None
         tiers, offered = offer(
             holding,
             rows,
             self.cluster,
             HostMemory(IN_PLACE, holding.segment, lanes=1),
             self._reach if SourceKind.PEER in kinds else None,
-            None if disk is None else Disk(DISK, lambda: disk.checkpoint),
+            None if pinned is None else Disk(DISK, lambda: pinned.checkpoint),
         )
         nbytes, keys = holding.manifest.nbytes, holding.manifest.keys
         return Restore(
@@ -271,8 +270,8 @@ class Node:
             keys.__getitem__,
             progress,
             partial(self._settle, holding),
-            self._reader.fence,
             offered.reasons,
+            self._reader.fence,
         )
 
     def _reach(self, node_id: str, held: PeerBlocks) -> PeerMemory:

@@ -137,9 +137,9 @@ class PushDesk:
 
 
 def _own_memory(holding: Holding) -> HostMemory:
-    """A node's segment, kept mapped for as long as this source lives."""
-    segment = holding.segment
-    return HostMemory(holding.node_id, segment, lanes=PUSH_LANES, limits=PUSH_LIMITS, kept_by=segment.mappings())
+    """A node's segment as its transfer engine has it registered, kept mapped for as long as this source lives."""
+    kept_by = holding.segment.mappings()
+    return HostMemory(holding.node_id, holding, lanes=PUSH_LANES, limits=PUSH_LIMITS, kept_by=kept_by)
 
 
 def _mend_rows(mend: Mend, manifest: Manifest, rows: Sequence[int]) -> None:
@@ -234,14 +234,14 @@ class ConsumerPush:
             hold=self.hold,
             report_corrupt=partial(_mend_rows, self.mend, manifest),
         )
-        disk = holding.disk if SourceKind.DISK in kinds else None
+        pinned = holding.disk if SourceKind.DISK in kinds else None
         tiers, offered = offer(
             holding,
             rows,
             self.node.cluster,
             _own_memory(holding),
             partial(self._reach, destination, manifest) if SourceKind.PEER in kinds else None,
-            None if disk is None else _disk(disk.checkpoint),
+            None if pinned is None else _disk(pinned.checkpoint),
         )
         return Restore(
             [Want(row, int(manifest.nbytes[row]), offered.expected.get(row)) for row in rows],

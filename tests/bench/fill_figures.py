@@ -50,7 +50,8 @@ def fill(made: Bench, checkpoint: Checkpoint) -> float:
         disk = Disk("disk", lambda: checkpoint)
         wants = [Want(row, n, None) for row, n in enumerate(checkpoint.manifest.nbytes.tolist())]
         offers = {row: [Offer(disk, at)] for row, (at, _) in on_disk(checkpoint.manifest, rows).items()}
-        destination = SegmentDestination(segment)
+        holding = made.holding(segment)
+        destination = SegmentDestination(holding)
         report = Restore(wants, offers, [[disk]], destination, checkpoint.manifest.keys.__getitem__).run()
         segment.seal()
         seconds = time.perf_counter() - started

@@ -391,7 +391,7 @@ def test_late_bytes_after_a_timeout_are_seen_and_the_block_is_brought_again(case
     report = restore.run()
     assert report.ok
     case.check(report)
-    assert sorted(want.row for batch in restore.given_up for want in batch.wants) == [0, 1, 2, 3]
+    assert sorted(want.row for batch in restore.outstanding for want in batch.wants) == [0, 1, 2, 3]
     assert len(third.fetched) == 2 * SOURCE_FAILURES_MAX, "those that the stalled peer could still reach"
     assert report.bytes_by_source["disk"] == len(third.fetched) * NBYTES
 

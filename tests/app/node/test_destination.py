@@ -12,8 +12,8 @@ from app.node.destination import SegmentDestination
 from app.node.holding import Holding
 from app.node.proofs import Proofs
 from shm.checksum import checksum
-from shm.manifest import Manifest
 from shm.segment import Segment
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.destination import Resident
 from transfer.memory import view
 from transfer.plan import Want
@@ -22,15 +22,14 @@ ROW = 3
 
 
 @pytest.fixture
-def holding(sealed: Callable[..., Segment], make_manifest: Callable[..., Manifest]) -> Holding:
-    manifest = make_manifest()
+def segment(sealed: Callable[..., Segment]) -> Segment:
+    return sealed()
+
+
+def destination_of(segment: Segment, disk: PinnedCheckpoint | None = None) -> SegmentDestination:
+    manifest = segment.manifest
     placement = Placement.compute(manifest, ("n0",), 1)
-    return Holding("n0", sealed("n0", manifest), manifest, placement, bytes(16), None, Proofs(len(manifest)), ())
-
-
-@pytest.fixture
-def segment(holding: Holding) -> Segment:
-    return holding.segment
+    return SegmentDestination(Holding("n0", segment, manifest, placement, bytes(16), disk, Proofs(len(manifest)), ()))
 
 
 def want(segment: Segment, expected: bytes | None = None) -> Want:
@@ -43,9 +42,9 @@ def is_found(segment: Segment) -> bool:
 
 @pytest.mark.parametrize("in_one_run", [False, True])
 def test_a_block_is_hidden_from_before_its_bytes_change_until_it_is_published(
-    holding: Holding, segment: Segment, in_one_run: bool
+    segment: Segment, in_one_run: bool
 ) -> None:
-    destination = SegmentDestination(holding)
+    destination = destination_of(segment)
     for landing in destination.landings([want(segment)], in_one_run=in_one_run):
         with landing as landed:
             assert not is_found(segment)
@@ -60,8 +59,8 @@ def test_a_block_is_hidden_from_before_its_bytes_change_until_it_is_published(
     assert segment.checksum(ROW) == checksum(segment.block(ROW))
 
 
-def test_a_block_in_place_is_neither_hidden_nor_touched_unless_it_is_wrong(holding: Holding, segment: Segment) -> None:
-    destination, wanted = SegmentDestination(holding), want(segment)
+def test_a_block_in_place_is_neither_hidden_nor_touched_unless_it_is_wrong(segment: Segment) -> None:
+    destination, wanted = destination_of(segment), want(segment)
     before = bytes(segment.block(ROW))
     assert destination.take([Resident(wanted, segment.address(ROW), segment.checksum(ROW), ())]) == {}
     assert destination.checksum(wanted) == wanted.checksum
@@ -73,9 +72,9 @@ def test_a_block_in_place_is_neither_hidden_nor_touched_unless_it_is_wrong(holdi
     assert segment.checksum(ROW) == wanted.checksum, "what it should be stays on record"
 
 
-def test_a_block_that_lies_elsewhere_in_this_host_is_copied_hidden(holding: Holding, segment: Segment) -> None:
+def test_a_block_that_lies_elsewhere_in_this_host_is_copied_hidden(segment: Segment) -> None:
     other = np.random.default_rng(3).integers(0, 256, int(segment.manifest.nbytes[ROW]), np.uint8)
     resident = Resident(want(segment), int(other.ctypes.data), b"", ())
-    assert SegmentDestination(holding).take([resident]) == {}
+    assert destination_of(segment).take([resident]) == {}
     assert not is_found(segment)
     assert bytes(segment.block(ROW)) == other.tobytes()
