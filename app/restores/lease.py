@@ -48,6 +48,24 @@ class Lease:
             raise LeaseEnded("the time in which the consumer may be written to has run out: nothing more is written")
 
 
+class HeldLease:
+    """A push's lease as the one who writes has it: asked for when it is first needed, and again once half is gone."""
+
+    def __init__(self, ask: Callable[[], float], clock: Callable[[], float] = boot_time) -> None:
+        """`ask` returns for how many seconds from when it was called one may write; it raises what forbids it."""
+        self._ask = ask
+        self._clock = clock
+        self._lease = Lease(0.0, clock)
+
+    def allowed_s(self) -> float:
+        """Seconds in which a transfer that begins now must end. Raises LeaseEnded, or what asking raises."""
+        if self._lease.remaining_s < LEASE_S / 2:
+            asked_at = self._clock()
+            self._lease = Lease(asked_at + self._ask(), self._clock)
+        self._lease.check()
+        return self._lease.remaining_s
+
+
 class Grants:
     """The leases of one registration that may still be written under. The caller's lock keeps it; times are its own."""
 
