@@ -43,7 +43,8 @@ def test_the_list_fits_the_code() -> None:
         path = ROOT / each.file
         if (path.read_text() if path.is_file() else "").count(each.old) != 1:
             wrong.append(f"{each.name}: {each.file} does not have its old text once")
-        wrong += [f"{each.name}: there is no {test}" for test in each.tests if not (ROOT / test.partition("::")[0]).exists()]
+        files = {test.partition("::")[0] for test in each.tests}
+        wrong += [f"{each.name}: there is no {file}" for file in files if not (ROOT / file).exists()]
     assert wrong == []
 
 
