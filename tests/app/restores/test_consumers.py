@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.errors import Conflict, LimitReached, NotFound
 from app.restores.consumers import CONSUMERS_MAX, ConsumerStore
 from app.restores.pushes import PUSHES_MAX
-from tests.processes import pause
+from tests.processes import DEADLINE_S, pause
 from transfer.push.table import FormCopy, PushTable, SlotBases
 
 # An engine: it fills its parameters with noise, registers them, says where they are, and from then on only waits.
@@ -432,7 +432,7 @@ def test_ending_a_registration_waits_for_pushes_and_lets_none_begin(
         with pytest.raises(Conflict), store.hold(consumer):
             pass
         assert thread.is_alive()
-    thread.join(5)
+    thread.join(DEADLINE_S)
     assert not thread.is_alive()
     assert [c is consumer for c in store.all()] == ([] if ending == "remove" else [False])
 
