@@ -20,8 +20,6 @@ PROVED_ELSEWHERE = {
     "app/api/context.py": "tests/app/api/test_application.py",
     "app/api/routes/*.py": "tests/contract/test_api.py",
     "app/cluster/cluster.py": "tests/app/cluster/test_prober.py",
-    "app/node/destination.py": "tests/app/node/test_node.py",
-    "app/node/adoption.py": "tests/app/node/test_node.py",
     "app/restores/*.py": "tests/app/restores/test_store.py",
     "shm/block.py": "tests/shm/test_manifest.py",
     "shm/checksum.py": "tests/shm/test_segment.py",
