@@ -16,13 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.errors import TransferFailed
-<<<<<<< ours
-from transfer.ledger import LANES_MAX, NOBODY, OFFER_TRIES_MAX, STEPS, Event, Ledger, Orders, Stage
-from transfer.plan import Batch, Limits, Offer, Want
-=======
 from transfer.ledger import LANES_MAX, NOBODY, OFFER_TRIES_MAX, REASONS_MAX, STEPS, Event, Ledger, Orders, Stage
-from transfer.plan import Batch, Limits, Offer, Piece, Want
->>>>>>> theirs
+from transfer.plan import Batch, Limits, Offer, Want
 from transfer.standing import (
     DOUBT_PAUSE_S,
     PATIENCE_S,

@@ -12,27 +12,17 @@ import signal
 import subprocess
 import sys
 import textwrap
-<<<<<<< ours
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-=======
-from collections.abc import Callable, Iterator
->>>>>>> theirs
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pytest
 
-<<<<<<< ours
-from tests.processes import pause
+from tests.processes import pause, wait_until
 from transfer.destination import Landing
 from transfer.engine import Copy, MooncakeEngine, TransferEngine, protocol
-=======
-from tests.processes import pause, wait_until
-from transfer.engine import ITEMS_PER_BATCH_MAX, Copy, MooncakeEngine, TransferEngine, protocol
->>>>>>> theirs
 from transfer.engine.double import EngineDouble, Network
 from transfer.errors import EngineRefused, TransferFailed
 from transfer.plan import Batch, Limits, Piece, Want
