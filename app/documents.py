@@ -340,7 +340,17 @@ class WantedExpert(ExpertRef):
     checksum: Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="That the block must have.")]
 
 
+class PushLease(Document):
+    """Where the node that is asked to push gets the right to write: from the consumer's own node."""
+
+    node_id: NodeId
+    consumer_id: Annotated[str, Field(min_length=1, max_length=200, pattern="^[!-~]+$")]
+    epoch: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    push_id: Annotated[str, Field(min_length=1, max_length=64, pattern="^[!-~]+$")]
+
+
 class PushRequest(PushTableDocument):
+    lease: PushLease
     blocks: Annotated[list[WantedExpert], Field(min_length=1, max_length=PUSH_LIMITS.items)]
     read_back: bool = False
 

@@ -48,11 +48,14 @@ def wait_until(condition: Callable[[], Any], what: str = "", deadline_s: float =
 def pause(pid: int) -> None:
     """SIGSTOP, and wait until no thread of it runs: until then it may still answer."""
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: all(_state(task) == "T" for task in Path(f"/proc/{pid}/task").iterdir()), f"{pid} stands still")
+    wait_until(lambda: all(map(_stands_still, Path(f"/proc/{pid}/task").iterdir())), f"{pid} stands still")
 
 
-def _state(task: Path) -> str:
-    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+def _stands_still(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return True
 
 
 def processor_time(work: Callable[[], Any], attempts: int = 5) -> float:

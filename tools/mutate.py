@@ -19,6 +19,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,6 +137,8 @@ def run_tests(checkout: Path, tests: Sequence[str]) -> str:
         raise Unusable(f"could not run: no end within {RUN_TIMEOUT_S} s") from None
     if done.returncode == GREEN:
         return ""
+    if done.returncode < 0:  # the tests' own process was to be hurt, say by a read past the end of memory
+        return f"died of {signal.Signals(-done.returncode).name}"
     if done.returncode == RED and (
         failed := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     ):

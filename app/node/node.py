@@ -81,6 +81,8 @@ class Node:
         self._start_engine = start_engine
         self._reader = DisposableEngine(start_engine)
         """Reads from peers. Thrown away after a transfer that was given up on, and by `close`."""
+        self.writer = DisposableEngine(start_engine)
+        """Writes into consumers' memory. Thrown away after a write that was given up on."""
         self._segment: Segment | None = None
         self.is_restoring = False
         """Whether a restore into the segment is under way."""
@@ -159,8 +161,9 @@ class Node:
         new = [each for each in ranges if each not in before]
         if self.engine is not None:
             self.engine.register(new)
-        if is_rdma:  # where bytes are read to must be registered there, too
+        if is_rdma:  # what is read into, or written from, must be registered there, too
             self._reader.register(new)
+            self.writer.register(new)
         return tuple(ranges)
 
     def start_over(self, pinned: PinnedCheckpoint) -> None:
@@ -177,6 +180,7 @@ class Node:
             self.engine.unregister(holding.registered)
         if self.settings.transport == RDMA:
             self._reader.unregister(holding.registered)
+            self.writer.unregister(holding.registered)
 
     # -- what is so ------------------------------------------------------------------------------------------
 
@@ -327,6 +331,7 @@ class Node:
             return
         try:
             self._reader.fence()
+            self.writer.fence()
             if holding is not None:
                 self._withdraw(holding)
         except Exception:  # what it will not give back must not keep the segment owned

@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shm.errors import HotspareError
+from app.errors import Conflict
 
 LEASE_S = 5.0  # of one grant; a push takes a second, and asks again if it takes longer
 MARGIN_S = 1.0  # that the granting side waits longer: for the transfer begun last, which its writer then gives up
 
 
-class LeaseEnded(HotspareError):
+class LeaseEnded(Conflict):
     """The time to write has run out."""
 
 
@@ -46,6 +46,24 @@ class Lease:
         """Raises LeaseEnded once it has run out."""
         if not self.remaining_s:
             raise LeaseEnded("the time in which the consumer may be written to has run out: nothing more is written")
+
+
+class HeldLease:
+    """A push's lease as the one who writes has it: asked for when it is first needed, and again once half is gone."""
+
+    def __init__(self, ask: Callable[[], float], clock: Callable[[], float] = boot_time) -> None:
+        """`ask` returns for how many seconds from when it was called one may write; it raises what forbids it."""
+        self._ask = ask
+        self._clock = clock
+        self._lease = Lease(0.0, clock)
+
+    def allowed_s(self) -> float:
+        """Seconds in which a transfer that begins now must end. Raises LeaseEnded, or what asking raises."""
+        if self._lease.remaining_s < LEASE_S / 2:
+            asked_at = self._clock()
+            self._lease = Lease(asked_at + self._ask(), self._clock)
+        self._lease.check()
+        return self._lease.remaining_s
 
 
 class Grants:

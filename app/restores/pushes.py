@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
 
 from app.cluster.peers import PeerBlocks, PeerClient, parsed
-from app.documents import PushDocument, PushedExpert, PushRequest, PushTableDocument
+from app.documents import LeaseDocument, PushDocument, PushedExpert, PushLease, PushRequest, PushTableDocument
 from app.errors import Conflict, LimitReached, PeerFailed, Unavailable
 from app.node.holding import Holding
 from app.node.node import Node
 from app.node.offering import DISK, offer
-from app.restores.consumers import Consumer
+from app.restores.consumers import Consumer, ConsumerStore
+from app.restores.lease import HeldLease
 from shm.block import ExpertKey
 from shm.errors import InvalidInput
 from shm.manifest import Manifest
 from transfer.checkpoint import Checkpoint
-from transfer.client.http import NodeRefused
+from transfer.client.http import NodeRefused, NodeUnreachable, quoted
 from transfer.destination import Destination
 from transfer.engine import TransferEngine, session_host
 from transfer.errors import NothingToRestore
@@ -98,8 +101,10 @@ def _engine(node: Node) -> TransferEngine:
 class PushDesk:
     """Pushes that other nodes ask of this one. Thread-safe."""
 
-    def __init__(self, node: Node, mend: Mend) -> None:
+    def __init__(self, node: Node, client: PeerClient, consumers: ConsumerStore, mend: Mend) -> None:
         self._node = node
+        self._client = client
+        self._consumers = consumers
         self._mend = mend
         self._places = threading.BoundedSemaphore(PUSHES_MAX)
 
@@ -117,14 +122,32 @@ class PushDesk:
         if not self._places.acquire(blocking=False):
             raise LimitReached(f"{PUSHES_MAX} pushes are under way: ask again", retry_after_s=1)
         try:
-            return self._push(holding, Writer(_engine(self._node), table, read_back=request.read_back), wants)
+            lease = HeldLease(partial(self._ask_lease, request.lease))
+            writer = Writer(self._node.writer, table, read_back=request.read_back, allowed_s=lease.allowed_s)
+            answer = self._push(holding, writer, wants)
+            self._node.writer.fence()  # before the answer, which ends the lease: nothing of ours is under way then
+            return answer
         finally:
             self._places.release()
+
+    def _ask_lease(self, lease: PushLease) -> float:
+        """Seconds for which the consumer's node lets us write. Raises InvalidInput, Conflict, or PeerFailed."""
+        if lease.node_id == self._node.settings.node_id:
+            return self._consumers.lease(lease.consumer_id, lease.epoch, lease.push_id)
+        url = f"{self._node.cluster.url(lease.node_id)}/v1/consumers/{quoted(lease.consumer_id)}/lease"
+        body = {"epoch": lease.epoch, "push_id": lease.push_id}
+        try:
+            return parsed(LeaseDocument, self._client.request("POST", url, json=body)).ttl_s
+        except NodeRefused as error:
+            raise Conflict(f"the consumer's node gives no leave to write: {error}") from error
+        except NodeUnreachable as error:
+            raise PeerFailed(f"the consumer's node cannot be asked for leave to write: {error}") from error
 
     def _push(self, holding: Holding, writer: Writer, wants: tuple[Want, ...]) -> PushDocument:
         source, keys = _own_memory(holding), holding.manifest.keys
         mend = partial(_mend_rows, self._mend, holding.manifest)
-        destination = ConsumerDestination(writer, _engine(self._node), report_corrupt=mend)
+        engine = self._node.writer
+        destination = ConsumerDestination(writer, engine, report_corrupt=mend)
         try:
             pushed = source.fetch(Batch(source, wants, (), sum(want.nbytes for want in wants)), destination)
         except WriteFailed as error:
@@ -156,11 +179,10 @@ def _pushed(key: ExpertKey, said: str) -> PushedExpert:
 class Asking:
     """A way to have a peer's blocks at a consumer: the peer is asked, and writes them there itself."""
 
-    def __init__(self, url: str, client: PeerClient, manifest: Manifest, *, read_back: bool) -> None:
+    def __init__(self, url: str, push: ConsumerPush, manifest: Manifest) -> None:
         self._url = f"{url}/v1/pushes"
-        self._client = client
+        self._push = push
         self._manifest = manifest
-        self._read_back = read_back
 
     def move(self, consumer: ConsumerDestination, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
         body = consumer.writer.table.part([want.row for want in batch.wants]) | {
@@ -169,24 +191,34 @@ class Asking:
                 {**self._manifest.keys[want.row]._asdict(), "checksum": (want.checksum or b"").hex()}
                 for want in batch.wants
             ],
-            "read_back": self._read_back,
+            "read_back": self._push.read_back,
+            "lease": {
+                "node_id": self._push.node.settings.node_id,
+                "consumer_id": self._push.consumer.id,
+                "epoch": self._push.consumer.epoch,
+                "push_id": (push_id := uuid.uuid4().hex),
+            },
         }
         with consumer.writing():
-            answer = self._ask(body)
+            answer = self._ask(body, push_id)
             if answer.consumer_error is not None:
                 raise WriteFailed(answer.consumer_error)
         pushed = {self._manifest.index(p.layer, p.expert): bytes.fromhex(p.said) for p in answer.pushed}
         return consumer.note(pushed, {self._manifest.index(f.layer, f.expert): f.said for f in answer.failed})
 
-    def _ask(self, body: dict[str, Any]) -> PushDocument:
+    def _ask(self, body: dict[str, Any], push_id: str) -> PushDocument:
+        """The lease ends with the peer's answer. Where none comes it runs out: the peer may still be writing."""
         for _ in range(BUSY_RETRIES_MAX):
             try:
-                answer = self._client.request("POST", self._url, json=body, timeout=PUSH_TIMEOUT_S)
+                answer = self._push.client.request("POST", self._url, json=body, timeout=PUSH_TIMEOUT_S)
             except NodeRefused as error:
-                if error.status != 429:
+                if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:  # it did not begin
+                    self._push.end_lease(push_id)
+                if error.status != HTTPStatus.TOO_MANY_REQUESTS:
                     raise
                 time.sleep(BUSY_WAIT_S)
                 continue
+            self._push.end_lease(push_id)
             return parsed(PushDocument, answer)
         raise PeerFailed(f"{self._url} was too busy for {BUSY_WAIT_S * BUSY_RETRIES_MAX:.0f} s")
 
@@ -199,6 +231,7 @@ class ConsumerPush:
     client: PeerClient
     consumer: Consumer
     hold: Hold
+    end_lease: Callable[[str], None]
     mend: Mend
     read_back: bool
     _destination: ConsumerDestination | None = None
@@ -224,7 +257,7 @@ class ConsumerPush:
     ) -> Restore:
         """A restore of these experts into the consumer's slots, ready to run. Asks the peers what they have now."""
         rows = self.rows_of(experts)
-        holding, engine = _held(self.node), _engine(self.node)
+        holding, engine = _held(self.node), self.node.writer
         manifest = holding.manifest
         if SourceKind.PEER in kinds:
             self.node.look()
@@ -256,12 +289,17 @@ class ConsumerPush:
     def _reach(
         self, destination: ConsumerDestination, manifest: Manifest, node_id: str, held: PeerBlocks
     ) -> PeerMemory:
-        asking = Asking(self.node.cluster.url(node_id), self.client, manifest, read_back=self.read_back)
+        asking = Asking(self.node.cluster.url(node_id), self, manifest)
         return PeerMemory(node_id, partial(asking.move, destination), lanes=PUSH_LANES, limits=PUSH_LIMITS)
 
     def run(self, restore: Restore) -> None:
-        """Run a planned restore to its end, and note on the consumer whether it answered."""
-        restore.run()
+        """Run a planned restore to its end, and note on the consumer whether it answered.
+
+        The registration is not taken back before writes that were given up on have ended, too.
+        """
+        with self.hold():
+            restore.run()
+            self.node.writer.fence()
         health = self._destination.health if self._destination is not None else None
         if health is not None and (health.answered or health.error):
             self.consumer.error = health.error

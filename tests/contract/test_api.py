@@ -29,6 +29,7 @@ from app.documents import (
 )
 from shm.block import ExpertKey
 from shm.manifest import Manifest
+from tests.processes import DEADLINE_S
 from transfer.checkpoint import read_checkpoint
 
 BLOCKS = 39
@@ -329,7 +330,9 @@ def test_any_node_takes_it_for_any_node_and_tells_of_it(trio: Trio) -> None:
 
 
 def events(daemon: Any, restore_id: str) -> Iterator[RestoreDocument]:
-    with httpx.stream("GET", f"{daemon.url}/v1/restores/{restore_id}/events", timeout=30, trust_env=False) as answer:
+    with httpx.stream(
+        "GET", f"{daemon.url}/v1/restores/{restore_id}/events", timeout=DEADLINE_S, trust_env=False
+    ) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
         for event in answer.read().decode().split("\n\n")[:-1]:

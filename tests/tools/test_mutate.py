@@ -43,7 +43,8 @@ def test_the_list_fits_the_code() -> None:
         path = ROOT / each.file
         if (path.read_text() if path.is_file() else "").count(each.old) != 1:
             wrong.append(f"{each.name}: {each.file} does not have its old text once")
-        wrong += [f"{each.name}: there is no {test}" for test in each.tests if not (ROOT / test).exists()]
+        files = {test.partition("::")[0] for test in each.tests}
+        wrong += [f"{each.name}: there is no {file}" for file in files if not (ROOT / file).exists()]
     assert wrong == []
 
 
@@ -51,6 +52,11 @@ def test_an_edit_that_a_test_notices_is_killed_by_it(checkout: Path) -> None:
     outcome = try_out(checkout, HALF, whole=False)
     assert (outcome.verdict, outcome.error) == ("test_sums.py::test_half", "")
     assert "n / 2" in (checkout / "sums.py").read_text(), "it is put back"
+
+
+def test_an_edit_that_kills_the_tests_own_process_is_noticed(checkout: Path) -> None:
+    fatal = Mutation(**{**vars(HALF), "new": "__import__('os').abort()"})
+    assert try_out(checkout, fatal, whole=False).verdict == "died of SIGABRT"
 
 
 def test_an_edit_that_no_test_notices_survives_until_the_whole_suite_is_asked(checkout: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.errors import TransferFailed
-from transfer.ledger import LANES_MAX, NOBODY, OFFER_TRIES_MAX, STEPS, Event, Ledger, Orders, Stage
+from transfer.ledger import LANES_MAX, NOBODY, OFFER_TRIES_MAX, REASONS_MAX, STEPS, Event, Ledger, Orders, Stage
 from transfer.plan import Batch, Limits, Offer, Want
 from transfer.standing import (
     DOUBT_PAUSE_S,
@@ -369,6 +369,16 @@ def test_a_source_that_timed_out_or_gave_wrong_bytes_is_not_asked_for_the_block_
     ledger.moved(b, {1: WRONG})
     assert ledger.next(0.0).move == ()
     assert ledger.failures == {0: "a: gave up", 1: f"b: checksum {WRONG.hex()} instead of {RIGHT.hex()}"}
+
+
+def test_the_first_few_reasons_of_a_block_are_remembered_each_once() -> None:
+    names = "abcdefg"
+    ledger = ledger_of({name: [0] for name in names}, *(party(name, tier) for tier, name in enumerate(names)))
+    for _ in names:
+        (batch,) = ledger.next(0.0).move
+        ledger.failed(batch, LATE, 0.0)
+    ledger.next(0.0)
+    assert ledger.failures == {0: "; ".join(f"{name}: gave up" for name in names[:REASONS_MAX])}
 
 
 def test_a_block_that_nobody_offers_fails_with_a_reason() -> None:

@@ -44,8 +44,6 @@ class Ladder:
         self.tried: set[tuple[int, str]] = set()
         """(row, session) of the peers that were read from."""
         self.missing: dict[int, list[str]] = {row: [] for row in rows}
-        self.has_timed_out = False
-        """Whether bytes may still arrive in a slot."""
 
     def climb_local(self, attachment: Attachment, held: Mapping[int, HeldBlock]) -> None:
         """Take what an attached segment has."""
@@ -67,10 +65,12 @@ class Ladder:
         checkpoint: Callable[[], Checkpoint] | None,
         *,
         is_straight: bool,
+        fence: Callable[[], None] | None = None,
     ) -> bool:
         """Take from peers, and from the disk what no peer could give; False if nobody had anything new to offer.
 
         `checkpoint` is called, and its headers read, only if something is to come from it; raises CheckpointError.
+        `fence` ends what the engine was asked for and was given up on.
         """
         peers = {} if engine is None else self._peers(found, engine)
         holders = [Holder(source, has) for source, has in peers.items()]
@@ -81,7 +81,7 @@ class Ladder:
             tiers.append([disk])
         rows = [row for row in self.missing if any(row in has for _, has in holders)]
         if rows:
-            self._run(holders, tiers, rows, self._destination(engine=engine, is_straight=is_straight))
+            self._run(holders, tiers, rows, self._destination(engine=engine, is_straight=is_straight), fence)
         return bool(rows)
 
     def _peers(
@@ -111,13 +111,15 @@ class Ladder:
         tiers: Sequence[Sequence[Source]],
         rows: Sequence[int],
         destination: SlotDestination,
+        fence: Callable[[], None] | None = None,
     ) -> None:
         manifest = self._bound.manifest
         offered = offers(rows, holders, self._expected)
         self._expected.update(offered.expected)
         sizes = manifest.nbytes[rows].tolist()
         wants = [Want(row, size, offered.expected.get(row)) for row, size in zip(rows, sizes, strict=True)]
-        restore = Restore(wants, offered.by_row, tiers, destination, manifest.keys.__getitem__, reasons=offered.reasons)
+        keys = manifest.keys.__getitem__
+        restore = Restore(wants, offered.by_row, tiers, destination, keys, reasons=offered.reasons, fence=fence)
         self._tally.start_pass(restore.report)
         try:
             report = restore.run()
@@ -126,8 +128,6 @@ class Ladder:
             for row in rows:
                 self.missing[row].append(f"{type(error).__name__}: {error}")
             return
-        finally:
-            self.has_timed_out |= bool(restore.outstanding)
         self._tally.end_pass(report)
         failed = {manifest.index(*block.key): block.reason for block in report.failed}
         for row in rows:

@@ -26,6 +26,7 @@ from transfer.client.registration import Registration
 from transfer.client.report import FailedExpert, Progress, ProofReport, SlotReport, Tally
 from transfer.client.surroundings import Surroundings
 from transfer.client.whereabouts import Search
+from transfer.engine import DisposableEngine
 from transfer.errors import EngineError, RestoreError
 from transfer.push.table import consumer_document
 from transfer.slots import Slots
@@ -78,6 +79,8 @@ class Restorer:
         self._bound: BoundSlots | None = None
         self._evidence = Evidence()
         self._registration: Registration | None = None
+        self._inbox: DisposableEngine | None = None
+        """What nodes write through while the slots are registered: of its own, so that it can be thrown away."""
         self._lock = threading.RLock()
 
     # -- binding ---------------------------------------------------------------------------------------------
@@ -187,17 +190,24 @@ class Restorer:
             bound = self._prepare(tally)
             if bound is None:
                 raise RestoreError(f"the model's manifest could not be had: {'; '.join(tally.notes)}")
-            engine = self._lease.start()
-            self._lease.register([(r.address, r.nbytes) for r in self._slots.ranges])
-            document = consumer_document(self._slots, bound.manifest, engine.session_id, ttl_s)
+            inbox = self._lease.another()
+            inbox.register([(r.address, r.nbytes) for r in self._slots.ranges])
+            document = consumer_document(self._slots, bound.manifest, inbox.session_id, ttl_s)
             self._registration = Registration(self._control, consumer_id, document)
+            self._inbox = inbox
 
     def unregister(self) -> None:
-        """End what `register` began. Once it returns, no node begins to write. Harmless without a registration."""
+        """End what `register` began. Once it returns no byte of the slots is written any more, whatever a node that was
+        paused does when it wakes: the transfer engine that took the writes is thrown away. Harmless without a
+        registration; raises TransferFailed where that engine is held by somebody.
+        """
         with self._lock:
             registration, self._registration = self._registration, None
+            inbox, self._inbox = self._inbox, None
             if registration is not None:
                 registration.end()
+            if inbox is not None:
+                inbox.drop()
 
     # -- restoring -------------------------------------------------------------------------------------------
 
@@ -251,11 +261,6 @@ class Restorer:
         ladder = Ladder(bound, [row for row in rows if row not in barred], tally)
         tally.attempt(self._climb, ladder, bound, tally)
         ladder.missing.update(barred)
-        if ladder.has_timed_out and self._lease.drop():
-            bound.close(is_engine_gone=True)
-            self._bound = None
-            if (gone := self._registration) is not None:  # it names the engine that was thrown away
-                tally.attempt(self.register, gone.consumer_id, ttl_s=gone.ttl_s)
         missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
         return tally.finish(_failures(slots, missing))
 
@@ -282,7 +287,8 @@ class Restorer:
             has_disk = attempt == 0 and self._disk.is_given
             checkpoint = partial(self._disk.of, bound.manifest, self._around.content) if has_disk else None
             is_straight = self._is_straight and self._lease.has_registered
-            if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
+            engine, fence = self._lease.engine, self._lease.fence
+            if not ladder.climb(found, engine, checkpoint, is_straight=is_straight, fence=fence):
                 break
 
     # -- what speaks for the slots ---------------------------------------------------------------------------

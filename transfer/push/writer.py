@@ -8,9 +8,10 @@ published blocks does not, and a buffer is lost, and not used again, when a tran
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,10 +77,19 @@ class Health:
 class Writer:
     """Writes blocks to where a table says, and reads them back and compares them if `read_back`. Thread-safe."""
 
-    def __init__(self, engine: TransferEngine, table: PushTable, *, read_back: bool) -> None:
+    def __init__(
+        self,
+        engine: TransferEngine,
+        table: PushTable,
+        *,
+        read_back: bool,
+        allowed_s: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        """`allowed_s` is asked before each transfer, for how many seconds it may go on; it raises what forbids it."""
         self.table = table
         self._engine = engine
         self._read_back = read_back
+        self._allowed_s = allowed_s
 
     def write(self, blocks: Sequence[tuple[int, int]]) -> dict[int, str]:
         """Write blocks, given as (manifest row, address); returns why those differ that did when read back.
@@ -87,10 +97,13 @@ class Writer:
         The blocks lie in registered memory. Raises WriteFailed; then any slot of them may be half-written.
         """
         copies = {row: sliced(self.table.copies(row, address)) for row, address in blocks}
-        self._transfer(self._engine.write, [copy for each in copies.values() for copy in each], "write to")
+        self._transfer(self._write, [copy for each in copies.values() for copy in each], "write to")
         if not self._read_back:
             return {}
         return dict.fromkeys(self._differing(copies), "it differs when read back")
+
+    def _write(self, session_id: str, call: Sequence[Copy]) -> None:
+        self._engine.write(session_id, call, self._allowed_s())
 
     def _differing(self, written: Mapping[int, Sequence[Copy]]) -> set[int]:
         """The rows of which the consumer's memory has not what was written to it."""

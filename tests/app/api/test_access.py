@@ -15,6 +15,7 @@ from app.api import access
 from app.api.application import create_app
 from app.api.problems import MEDIA_TYPE, Problem
 from app.settings import Settings
+from tests.processes import DEADLINE_S
 
 TOKEN = "s3cret-of-33"
 OPEN = {"/livez", "/readyz"}
@@ -90,7 +91,7 @@ def test_without_a_token_set_nobody_is_asked_for_one(live_node: Callable[..., An
 def raw(url: str, request: bytes) -> tuple[int, dict[str, str], bytes]:
     """Send bytes as they are; status, headers and body of the answer."""
     where = urlsplit(url)
-    with socket.create_connection((where.hostname, where.port), timeout=20) as connection:
+    with socket.create_connection((where.hostname, where.port), timeout=DEADLINE_S) as connection:
         with suppress(OSError):  # it may answer and hang up before all is sent
             connection.sendall(request)
         said = b""
@@ -145,7 +146,7 @@ def test_a_body_at_the_limit_is_read(bounded: Any, is_chunked: bool) -> None:
 
 def test_an_endless_body_is_cut_off_at_the_limit(bounded: Any) -> None:
     where = urlsplit(bounded.url)
-    with socket.create_connection((where.hostname, where.port), timeout=20) as connection:
+    with socket.create_connection((where.hostname, where.port), timeout=DEADLINE_S) as connection:
         connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(12):
             connection.sendall(b"d05\r\n" + b"x" * 3333 + b"\r\n")

@@ -18,6 +18,7 @@ from app.cluster.peers import PeerClient
 from app.cluster.prober import PROBE_INTERVAL_S, Prober
 from shm.errors import InvalidInput, ManifestError
 from shm.manifest import Manifest
+from tests.processes import DEADLINE_S
 
 CHECKSUM = "0123456789abcdef" * 2
 CONTENT = "c1" * 16
@@ -465,7 +466,7 @@ def test_a_peer_is_asked_by_one_party_at_a_time(
     assert asked.wait(33)
     may_answer.set()
     for looker in lookers:
-        looker.join(33)
+        looker.join(DEADLINE_S)
         assert not looker.is_alive()
     assert peer.peer.asked.count("GET /v1/node") == 1
 

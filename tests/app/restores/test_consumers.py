@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.errors import Conflict, LimitReached, NotFound
 from app.restores.consumers import CONSUMERS_MAX, ConsumerStore
 from app.restores.pushes import PUSHES_MAX
-from tests.processes import pause
+from tests.processes import DEADLINE_S, pause
 from transfer.push.table import FormCopy, PushTable, SlotBases
 
 # An engine: it fills its parameters with noise, registers them, says where they are, and from then on only waits.
@@ -337,7 +339,9 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
     cluster: Callable[..., list[Any]], engine: Callable[..., Engine], wait_until: Callable[..., Any]
 ) -> None:
     (node,), rank = cluster(1, 1), engine([1, 2])
-    table = {name: value for name, value in rank.document.items() if name != "ttl_s"}
+    epoch = node.ask("PUT", "/v1/consumers/rank-0", json=rank.document).json()["epoch"]
+    lease = {"node_id": node.node_id, "consumer_id": "rank-0", "epoch": epoch, "push_id": "p33"}
+    table = {name: value for name, value in rank.document.items() if name != "ttl_s"} | {"lease": lease}
     checksums = {(e["layer"], e["expert"]): e["checksum"] for e in node.get("/v1/shard-map")["experts"]}
 
     def push(blocks: list[dict[str, Any]], **changes: Any) -> Any:
@@ -347,6 +351,9 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
     assert push([good | {"expert": 7, "checksum": checksums[3, 7]}]).status_code == 422  # no slot
     assert push([good | {"layer": 2}]).status_code == 404  # no such block
     assert push([good], ranges=[[1, 10]]).status_code == 422
+    assert push([good], lease=lease | {"node_id": "nobody"}).status_code == 422
+    assert push([good], lease=lease | {"epoch": epoch - 1}).status_code == 409
+    assert push([good], lease=lease | {"consumer_id": "rank-1"}).status_code == 404
     stale = push([good | {"checksum": "1" * 32}]).json()
     assert stale["pushed"] == []
     assert "it is of other content" in stale["failed"][0]["said"]
@@ -362,6 +369,36 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
     wait_until(lambda: push([good]).json()["pushed"], "mended")
     rank.child.kill()
     assert "is the process alive" in push([good]).json()["consumer_error"]
+
+
+def test_a_node_that_wakes_up_writes_to_nobody_who_was_told_that_nothing_writes_there(
+    cluster: Callable[..., list[Any]], engine: Callable[..., Engine]
+) -> None:
+    """The request waited in its socket while it was paused; the registration ended, and DELETE had answered."""
+    (first, second), rank = cluster(2, 2), engine([1, 2])
+    epoch = put(first, rank.document).json()["epoch"]
+    lease = {"node_id": first.node_id, "consumer_id": "rank-0", "epoch": epoch, "push_id": "p33"}
+    table = {name: value for name, value in rank.document.items() if name != "ttl_s"} | {"lease": lease}
+    checksums = {(e["layer"], e["expert"]): e["checksum"] for e in second.get("/v1/shard-map?scope=node")["experts"]}
+    blocks, others = ([{"layer": 3, "expert": e, "checksum": checksums[3, e]}] for e in (1, 2))
+    assert second.ask("POST", "/v1/pushes", json=table | {"blocks": blocks}).json()["pushed"]
+    assert rank.found() == (1, 5)
+    second.pause()
+
+    def push_others() -> None:
+        with suppress(httpx.HTTPError):  # a node may close a connection that was idle for so long
+            httpx.post(f"{second.url}/v1/pushes", json=table | {"blocks": others}, timeout=60, trust_env=False)
+
+    asking = threading.Thread(target=push_others)
+    asking.start()
+    assert first.ask("DELETE", "/v1/consumers/rank-0").status_code == 204
+    second.resume()
+    asking.join(60)
+    assert rank.found() == (1, 5)
+    assert second.ask("POST", "/v1/pushes", json=table | {"blocks": blocks}).status_code == 409
+    put(first, rank.document)
+    assert second.ask("POST", "/v1/pushes", json=table | {"blocks": blocks}).status_code == 409, "of another epoch"
+    assert rank.found() == (1, 5)
 
 
 # -- the store -------------------------------------------------------------------------------------------------
@@ -432,7 +469,7 @@ def test_ending_a_registration_waits_for_pushes_and_lets_none_begin(
         with pytest.raises(Conflict), store.hold(consumer):
             pass
         assert thread.is_alive()
-    thread.join(5)
+    thread.join(DEADLINE_S)
     assert not thread.is_alive()
     assert [c is consumer for c in store.all()] == ([] if ending == "remove" else [False])
 

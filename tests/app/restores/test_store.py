@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from app.restores import store as restores_module
 from app.restores.store import ALL_KINDS, LocalRestore, RestoreStore
 from app.restores.worker import QUEUED_MAX
 from shm.errors import InvalidInput
+from tests.processes import DEADLINE_S, wait_until
 from transfer.progress import RestoreState
 
 REQUEST = RestoreRequest(target=RestoreTarget(node_id="n"))
@@ -44,7 +44,7 @@ class Brake:
 
     def wait(self) -> None:
         """Until one more restore is being planned."""
-        assert self.planning.acquire(timeout=30)
+        assert self.planning.acquire(timeout=DEADLINE_S)
 
     def release(self) -> None:
         self._go.set()
@@ -144,13 +144,11 @@ def test_stopping_ends_what_waits_and_what_runs_and_takes_no_more(store: Restore
     brake.wait()
     stopper = threading.Thread(target=store.stop)
     stopper.start()
-    deadline = time.monotonic() + 30
-    while {store.get(each).document().state for each in ids} != {RestoreState.CANCELLED}:
-        assert time.monotonic() < deadline
+    wait_until(lambda: {store.get(each).document().state for each in ids} == {RestoreState.CANCELLED}, "cancelled")
     with pytest.raises(Unavailable, match="stopping"):
         store.start_local(None, ALL_KINDS)
     brake.release()
-    stopper.join(30)
+    stopper.join(DEADLINE_S)
     assert not stopper.is_alive()
     assert all(ended(store, each).state == "cancelled" for each in ids)
 

@@ -14,11 +14,13 @@ import pytest
 from shm import ExpertKey
 from shm.manifest import Manifest
 from transfer.checkpoint import Checkpoint, read_checkpoint
+from transfer.checkpoint import content as content_module
 from transfer.checkpoint.content import (
     DIGEST_NBYTES,
     WINDOW_NBYTES,
     Content,
     identities,
+    pin,
     read_content,
     sample_of,
     windows,
@@ -148,3 +150,21 @@ def test_files_that_are_gone_have_no_identity(copy: Path) -> None:
     checkpoint.path(1).unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         identities(checkpoint)
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = read_checkpoint(copy, "moe")
+
+    def read_slowly(checkpoint: Checkpoint) -> Content:
+        read = read_content(checkpoint)
+        touched(checkpoint.path(1))
+        return read
+
+    with monkeypatch.context() as patch:
+        patch.setattr(content_module, "read_content", read_slowly)
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            pin(checkpoint)
+    pinned = pin(checkpoint)
+    assert pinned.is_unchanged()
+    touched(checkpoint.path(0))
+    assert not pinned.is_unchanged()

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from safetensors import safe_open
 
 from shm.block import DENSE
 from shm.errors import InvalidInput
+from tests.processes import DEADLINE_S, wait_until
 from transfer.checkpoint import synth
 from transfer.checkpoint.checkpoint import INDEX_NAME, Checkpoint, read_checkpoint
 from transfer.checkpoint.synth import FAMILIES, plan_checkpoint, write_checkpoint
@@ -225,14 +225,14 @@ def run_write(directory: Path, *, limit: int = 0, experts: int, like: str = "dee
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    out, _ = run_write(tmp_path / "c", limit=3_333_333, experts=9).communicate(timeout=60)
+    out, _ = run_write(tmp_path / "c", limit=3_333_333, experts=9).communicate(timeout=DEADLINE_S)
     assert out.startswith("refused")
     assert "cannot be written" in out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    out, _ = run_write(tmp_path / "c", experts=13, like="llama-4").communicate(timeout=60)
+    out, _ = run_write(tmp_path / "c", experts=13, like="llama-4").communicate(timeout=DEADLINE_S)
     assert max(path.stat().st_size for path in (tmp_path / "c").iterdir()) > 80 << 20  # one fused tensor
     word, kib = out.split()
     assert word == "grew"
@@ -242,12 +242,10 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path: Path, how: signal.Signals) -> None:
     process = run_write(tmp_path / "c", experts=999)
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("c/.model-00002*.part")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
+    wait_until(lambda: list(tmp_path.glob("c/.model-00002*.part")), "writing")
+    assert process.poll() is None
     process.send_signal(how)
-    process.communicate(timeout=30)
+    process.communicate(timeout=DEADLINE_S)
     assert process.returncode != 0
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / "c", "m")

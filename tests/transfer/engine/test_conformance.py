@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
-from tests.processes import pause
+from tests.processes import pause, wait_until
 from transfer.destination import Landing
 from transfer.engine import Copy, MooncakeEngine, TransferEngine, protocol
 from transfer.engine.double import EngineDouble, Network
@@ -295,10 +294,7 @@ def test_a_stopped_peer_is_given_up_and_said_to_be_late(
         engine.read(peer.session_id, [Copy(ours.ctypes.data, peer.address, 777_000)])
     assert failed.value.timed_out
     peer.wake()  # the late bytes do come, and only then may the memory be let go
-    deadline = time.monotonic() + 30
-    while not (ours[:777_000] == peer.data[:777_000]).all():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: (ours[:777_000] == peer.data[:777_000]).all(), "the late bytes")
 
 
 def test_nothing_late_reaches_an_engine_that_was_dropped(

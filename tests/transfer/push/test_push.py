@@ -291,7 +291,7 @@ class Meddler:
     def read(self, session_id: str, copies: Sequence[Copy]) -> None:
         self._engine.read(session_id, copies)
 
-    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
+    def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         if self.error is not None:
             raise self.error
         self._engine.write(session_id, copies)

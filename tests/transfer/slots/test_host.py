@@ -15,7 +15,7 @@ from shm.manifest import FileSpec, Manifest
 from transfer.memory import view
 from transfer.slots import Slots, host
 from transfer.slots.copies import SlotCopy, apply_copies
-from transfer.slots.host import UNEQUAL, HostSlots
+from transfer.slots.host import UNEQUAL, HostSlots, agreed
 from transfer.slots.table import SlotTable
 
 HIDDEN, ROWS = 33, 14
@@ -58,3 +58,9 @@ def test_a_slot_that_is_not_what_was_copied_is_not_called_good(
     assert found != checksum(memoryview(block))
     if tp > 1:
         assert found == UNEQUAL
+
+
+def test_slots_of_one_expert_have_a_checksum_only_where_they_agree() -> None:
+    assert agreed([b"3" * 16, b"3" * 16]) == b"3" * 16
+    assert agreed([b"3" * 16, b"5" * 16, b"3" * 16]) == UNEQUAL
+    assert agreed([]) == UNEQUAL
