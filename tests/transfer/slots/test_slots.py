@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from shm.block import ExpertKey
+from shm.block import ExpertKey, TensorEntry
 from shm.errors import InvalidInput
+from shm.manifest import FileSpec, Manifest
 from tests.transfer.slots.checkpoints import (
     FP8,
     PARTS,
@@ -160,6 +162,29 @@ def test_transposed_on_both_sides_has_no_halves_to_order() -> None:
     refused(transposed, model, r"not \[slots, 2·I, H/k\]", layout="up_first")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visual.blocks.3.mlp.experts.w13_weight",
+        "model.decoder.mlp.experts.w2_weight_scale_inv",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.5.down_proj.weight",
+        "experts.w2",
+    ],
+)
+def test_experts_that_would_be_passed_over_are_refused(name: str) -> None:
+    parameters = fused_parameters((0,), 2, 5, 7, torch.bfloat16)
+    with pytest.raises(SlotMismatch, match=f"^{re.escape(name)} is a parameter of experts"):
+        Slots.fused({**parameters, name: noise((2, 5, 7), torch.bfloat16)})
+
+
+def test_what_is_no_experts_is_passed_over() -> None:
+    parameters = fused_parameters((0,), 2, 5, 7, torch.bfloat16)
+    others = ("model.layers.0.mlp.shared_experts.gate_up_proj.weight", "model.layers.0.mlp.experts.bias", "lm_head.w2")
+    more = {name: noise((5, 7), torch.bfloat16) for name in others}
+    assert Slots.fused({**more, **parameters}).keys == Slots.fused(parameters).keys
+
+
 def test_a_transposed_view_is_refused() -> None:
     model = per_expert((0,), 2, 5, 7, torch.bfloat16)
     refused(
@@ -182,6 +207,47 @@ def test_scales_packed_as_integers_are_refused() -> None:
     name = STEM.format(layer=0) + "w13_weight_scale_inv"
     parameters[name] = noise((2, 4, 2), torch.int32)
     refused(parameters, model, "is F32 in the checkpoint, I32 in the engine")
+
+
+@pytest.mark.parametrize(
+    ("stored", "held", "fits"),
+    [
+        (torch.int8, torch.uint8, True),
+        (torch.uint8, torch.float8_e8m0fnu, True),
+        (torch.uint8, FP8, True),
+        (torch.uint8, torch.float4_e2m1fn_x2, True),
+        (torch.bfloat16, torch.float16, False),
+        (torch.int16, torch.bfloat16, False),
+        (FP8, torch.float8_e5m2, False),
+        (torch.int32, torch.int64, False),
+    ],
+    ids=str,
+)
+def test_two_names_for_the_same_bits_fit_and_two_formats_of_numbers_do_not(
+    stored: torch.dtype, held: torch.dtype, fits: bool
+) -> None:
+    model = per_expert((0,), 2, 8, 6, stored)
+    bits = torch.uint8 if held == torch.float4_e2m1fn_x2 else held  # torch makes none of these itself
+    parameters = {name: tensor.view(held) for name, tensor in fused_parameters((0,), 2, 8, 6, bits).items()}
+    if fits:
+        model.fill(Slots.fused(parameters).plan(model.manifest))
+        gate = model.tensors[ExpertKey(0, 1)][STEM + "{expert}.gate_proj.weight"]
+        assert same(parameters[STEM.format(layer=0) + "w13_weight"][1, :6].view(torch.uint8), gate.view(torch.uint8))
+    else:
+        with pytest.raises(SlotMismatch, match="a raw copy does not convert"):
+            Slots.fused(parameters).plan(model.manifest)
+
+
+def test_a_checkpoint_of_half_bytes_fits_what_holds_two_in_each() -> None:
+    entries = [
+        TensorEntry(STEM + f"{{expert}}.{part}_proj.weight", "F4", shape, 0, 0)
+        for part, shape in (("gate", (6, 8)), ("up", (6, 8)), ("down", (8, 6)))
+    ]
+    manifest = Manifest.build("m", "t", "experts", [FileSpec("f", 1 << 20, "0")], {ExpertKey(0, 0): entries})
+    pair_of = pair(noise((1, 12, 4), torch.uint8), noise((1, 8, 3), torch.uint8))
+    held = {name: tensor.view(torch.float4_e2m1fn_x2) for name, tensor in pair_of.items()}
+    (copies,) = Slots.fused(held).plan(manifest).copies(ExpertKey(0, 0))
+    assert sum(copy.nbytes for copy in copies) == 3 * 24
 
 
 def test_weights_in_blocks_are_refused() -> None:
