@@ -68,6 +68,8 @@ class ProofReport:
     seconds: float
     unproved_layers: tuple[int, ...]
     """Of these nothing is restored until one of their experts is proved."""
+    notes: tuple[str, ...] = ()
+    """Whoever could not be asked, and why."""
 
     @classmethod
     def of_nothing(cls, keys: Collection[ExpertKey]) -> ProofReport:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ class Restorer:
                 tally.attempt(bound.staging.prepare, self._lease.engine)
             for note in tally.notes:
                 _log.info("bound, but: %s", note)
-            return report
+            return replace(report, notes=tuple(tally.notes))
 
     @property
     def session_id(self) -> str | None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shm.errors import HotspareError
+from transfer.client.evidence import HowMuch, Lost
 from transfer.client.restorer import Restorer
 from transfer.sglang.engine import Engine, NameFilter, SGLangEngine
 from transfer.sglang.kernels import sglang_layout
@@ -24,6 +25,7 @@ from transfer.slots.layouts import NO_EXPERT, SlotMismatch, expert_of, fused_nam
 
 DEFAULT_URL = "http://127.0.0.1:8470"
 RETRY_INTERVAL_S = 5.0  # while no node of the model answers and none left a segment
+MISMATCHES_MAX = 3  # in a row: experts that are being moved while they are looked at differ, but not for so long
 STOP_WAIT_S = 10.0
 FAILED_SHOWN_MAX = 10  # in the log, of one restore
 
@@ -36,7 +38,9 @@ class HotspareBackupClient:
     """Takes the place of SGLang's `ExpertBackupClient`, whatever that is constructed with; see `SGLangEngine`.
 
     The node is at HOTSPARE_URL, with HOTSPARE_TOKEN where it has one; HOTSPARE_TRANSPORT is tcp or rdma. The slots are
-    bound in the background, and again whenever experts were placed anew.
+    bound in the background once the model is loaded, which is when SGLang constructs this: every byte of them is then
+    compared with what the nodes keep. They are bound again when experts were placed anew; what is lost then is what
+    SGLang asks for.
     """
 
     def __init__(
@@ -91,16 +95,18 @@ class HotspareBackupClient:
             self._preparing.start()
 
     def _prepare(self) -> None:
-        """Bind, and try again while nobody has the model; give up for good where the slots are not plain."""
-        last = None
+        """Bind, and try again while nobody has the model; give up for good where the slots do not hold its bytes."""
+        last, mismatches = None, 0
         while not self._stopped.is_set():
             try:
                 with self._lock:
                     reason = self._bind()
                     self.use_backup = reason is None
             except SlotMismatch as error:
-                _log.warning("experts will be reloaded from disk: %s", error)
-                return
+                reason, mismatches = str(error), mismatches + 1
+                if mismatches == MISMATCHES_MAX:
+                    _log.warning("experts will be reloaded from disk: %s", error)
+                    return
             except Exception as error:
                 reason = _said(error)
             if reason is None:
@@ -111,8 +117,8 @@ class HotspareBackupClient:
             last = reason
             self._stopped.wait(RETRY_INTERVAL_S)
 
-    def _bind(self) -> str | None:
-        """Bind the slots as they are placed now, if they are not; why the model cannot be had, or None."""
+    def _bind(self, lost: Lost = (), proof: HowMuch = "whole") -> str | None:
+        """Bind the slots as they are placed now, if they are not; why no expert of it can be had, or None."""
         engine, restorer = self._engine, self._restorer
         assert engine is not None
         assert restorer is not None
@@ -130,12 +136,16 @@ class HotspareBackupClient:
             layout=layout,
         )
         state = (placement, kernels, [(tensor.name, tensor.address) for tensor in slots.tensors])
-        if state != self._bound:
-            self._bound = None
-            restorer.bind(slots)
+        if state == self._bound:
+            return None
+        self._bound = None
+        report = restorer.bind(slots, lost=lost, proof=proof)
+        if report.experts_proved or report.ok:
             self._bound = state
-        known = restorer.restore(predicate=lambda name: False)  # moves nothing, and fails without a manifest
-        return None if known.ok else "; ".join(known.notes) or "no node has the model's manifest"
+            _log.info("%d of %d experts proved in %.2f s", report.experts_proved, report.experts_total, report.seconds)
+        if report.ok or lost:
+            return None
+        return "; ".join(report.notes) or f"nobody has the blocks to prove layers {report.unproved_layers} with"
 
     # -- restoring -------------------------------------------------------------------------------------------
 
@@ -144,7 +154,7 @@ class HotspareBackupClient:
         if self._engine is None or self._restorer is None:
             return None
         try:
-            reason = self._bind()
+            reason = self._bind("all" if name_filter is None else name_filter, "sample")
             if reason is None:
                 report = self._restorer.restore(predicate=name_filter)
                 done, total, seconds = report.experts_done, report.experts_total, report.seconds
@@ -230,15 +240,11 @@ def _placement(engine: Engine, parameters: Mapping[str, Any]) -> dict[int, tuple
 
 
 def _kernels(engine: Engine) -> tuple[str, int, int]:
-    """Layout, tensor-parallel rank and size of all expert modules. Raises SlotMismatch if they are not plain."""
+    """Layout, tensor-parallel rank and size of all expert modules. Raises SlotMismatch if they are not alike."""
     modules = list(engine.modules())
     if not modules:
         raise SlotMismatch("the model has no fused expert modules (none has a w13_weight): reload from disk")
-    is_rocm = engine.is_rocm()
-    seen = {
-        (sglang_layout(m, is_rocm=is_rocm), int(getattr(m, "moe_tp_rank", 0)), int(getattr(m, "moe_tp_size", 1)))
-        for m in modules
-    }
+    seen = {(sglang_layout(m), int(getattr(m, "moe_tp_rank", 0)), int(getattr(m, "moe_tp_size", 1))) for m in modules}
     if len(seen) != 1:
         raise SlotMismatch(
             f"expert modules differ in layout or tensor-parallel rank ({sorted(seen)}): reload from disk"

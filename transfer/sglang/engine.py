@@ -44,10 +44,8 @@ class Engine(Protocol):
         ...
 
     def modules(self) -> Iterable[Any]:
-        """The fused expert modules, whose kernels say whether their weights are plain."""
+        """The fused expert modules."""
         ...
-
-    def is_rocm(self) -> bool: ...
 
     def physical_of(self, layer: int, expert: int) -> Sequence[int]:
         """Every physical copy of a logical expert, as placed now."""
@@ -104,11 +102,6 @@ class SGLangEngine:
 
     def modules(self) -> Iterable[Any]:
         return [m for m in self._get_model().modules() if getattr(m, "w13_weight", None) is not None]
-
-    def is_rocm(self) -> bool:
-        import torch
-
-        return torch.version.hip is not None
 
     def physical_of(self, layer: int, expert: int) -> Sequence[int]:
         return [int(p) for p in self._placement().logical_to_all_physical(layer, expert)]

@@ -1,7 +1,8 @@
-"""Whether an SGLang 0.5 expert module still holds its weights as it loaded them, told from the module itself.
+"""What an SGLang 0.5 expert module says of itself: the order of w13's halves, and whether its kernel has other memory.
 
-Some kernels rewrite weights after loading with shape and dtype kept, where no look at a parameter can tell. So this is
-a list of what is known to be plain; anything else is refused, and the engine reloads from disk.
+Whether its weights lie as the checkpoint has them, nobody is asked: bytes are compared (`Restorer.bind`), whatever
+quantisation or runner the module names. What the bytes of parameters cannot show is memory that a kernel made *from*
+them and reads in their place. A restore would fill the parameters and leave that as it was: it is refused here.
 """
 
 from __future__ import annotations
@@ -9,57 +10,51 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transfer.slots.layouts import REWRITTEN, SlotMismatch
+from transfer.slots.layouts import SlotMismatch, fused_name
 
-PLAIN_METHODS = frozenset({"UnquantizedFusedMoEMethod", "Fp8MoEMethod"})
-PLAIN_RUNNERS = frozenset({"triton", "deep_gemm"})
-
-_MODULE_MARKS: Mapping[str, str] = {
-    "use_intel_amx_backend": REWRITTEN["amx"],
-    "_xpu_weights_transposed": "its weights are held transposed",
-    "_mega_moe_weights_built": "its kernel has weights of its own, made from the parameters",
-    "hpc_ops_w13_weight_scale": "its kernel has scales of its own, made from the parameters",
-    "_dwdp_bound": "its weights are those of all ranks, fetched as they are used",
+_OTHER_MEMORY: Mapping[str, str] = {
+    "_mega_moe_weights_built": "weights of its own, made from the parameters",
+    "_dwdp_bound": "the weights of all ranks, fetched as they are used",
 }
-_METHOD_MARKS: Mapping[str, str] = {
-    "use_mxfp8": "MXFP8 scales are swizzled",
-    "is_fp4_expert": "FP4 weights and scales are packed for their kernel",
-    "use_flashinfer_trtllm_moe": REWRITTEN["flashinfer_trtllm"],
-    "use_triton_kernels": REWRITTEN["triton_kernels"],
-    "w13_swiglu_interleaved": "rows of gate and up were interleaved, in place, for a kernel that applies SwiGLU itself",
-}
+_ROUTING = "correction_bias"  # one number an expert, and no weight of an expert
 
 
-def sglang_layout(experts: Any, *, is_rocm: bool) -> str:
+def sglang_layout(experts: Any) -> str:
     """The `layout` for `Slots.fused` of a `FusedMoE` module: "gate_first" or "up_first".
 
-    `is_rocm` is `torch.version.hip is not None`: there unquantised weights may be shuffled without a mark. Raises
-    SlotMismatch, naming the kernel and what it does, for a module that is not known to be plain.
+    Raises SlotMismatch for a module whose kernel reads other memory than the parameters that are restored.
     """
+    for mark, what in _OTHER_MEMORY.items():
+        if getattr(experts, mark, False):
+            raise _refusal(f"{what} ({mark})")
+    for name, tensor in _made_from_weights(experts).items():
+        raise _refusal(f"{name} {list(tensor.shape)}, which has something for each slot and is no parameter to restore")
     method = getattr(experts, "quant_method", None)
-    method_name = type(method).__name__
-    if method_name not in PLAIN_METHODS:
-        raise _refusal(f"quantisation method {method_name}", "it is not known to keep weights as they were loaded")
-    for holder, marks in ((experts, _MODULE_MARKS), (method, _METHOD_MARKS)):
-        for mark, why in marks.items():
-            if _is_set(getattr(holder, mark, None)):
-                raise _refusal(mark, why)
-    if getattr(method, "block_quant", None) is False:
-        raise _refusal("one fp8 scale a tensor", "scales of gate and up become one, and weights are quantised again")
-    runner = getattr(getattr(getattr(method, "runner", None), "runner_backend", None), "value", None)
-    if runner not in PLAIN_RUNNERS:
-        raise _refusal(f"runner {runner}", REWRITTEN.get(str(runner), "it is not known to use weights as loaded"))
-    if is_rocm:
-        raise _refusal("ROCm", REWRITTEN["aiter"])
     return "up_first" if getattr(method, "load_up_proj_weight_first", False) else "gate_first"
 
 
-def _is_set(value: Any) -> bool:
-    return bool(value) if isinstance(value, bool | None) else True  # a tensor has no single truth
+def _made_from_weights(experts: Any) -> Mapping[str, Any]:
+    """The module's tensors with numbers for each slot that are neither restored nor another look at what is."""
+    held = vars(experts)
+    tensors = {**held, **held.get("_parameters", {}), **held.get("_buffers", {})}
+    tensors = {name: value for name, value in tensors.items() if hasattr(value, "data_ptr")}
+    restored = {tensor.data_ptr() for name, tensor in tensors.items() if _is_restored(name)}
+    slots = experts.w13_weight.shape[0]
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.dim() and tensor.shape[0] == slots and tensor.is_floating_point()
+        if not _is_restored(name) and not name.endswith(_ROUTING) and tensor.data_ptr() not in restored
+    }
 
 
-def _refusal(what: str, why: str) -> SlotMismatch:
+def _is_restored(name: str) -> bool:
+    """Whether it is among the parameters that `Slots.fused` binds: then the manifest has it, or binding is refused."""
+    return fused_name(f"layers.0.experts.{name}") is not None
+
+
+def _refusal(what: str) -> SlotMismatch:
     return SlotMismatch(
-        f"SGLang's experts with {what}: {why}. Reload from disk, or serve with one of the runners "
-        f"{', '.join(sorted(PLAIN_RUNNERS))}, and weights in bf16 or block fp8"
+        f"the kernel of SGLang's experts works with {what}: filling the parameters would not reach it. Reload from "
+        "disk, or serve with another runner (--moe-runner-backend)"
     )

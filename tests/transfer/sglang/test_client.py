@@ -36,19 +36,8 @@ def read_experts(directory: Path) -> Stored:
 # -- a stand-in for SGLang: the objects it gives a client, and nothing more ----------------------------------------
 
 
-class Kernel:
-    """The quantisation method of plain weights, served by Triton."""
-
-    def __init__(self, runner: str) -> None:
-        self.runner = types.SimpleNamespace(runner_backend=types.SimpleNamespace(value=runner))
-
-
-class Fp8MoEMethod(Kernel):
-    pass
-
-
-class UnquantizedFusedMoEMethod(Kernel):
-    pass
+class MethodOfNextYear:
+    """The quantisation method: whatever it calls itself, bytes decide."""
 
 
 class Runner:
@@ -75,7 +64,7 @@ class Runner:
 
 
 class Rank:
-    """A rank's parameters and placement, and a reload from disk that is written down."""
+    """A rank's parameters, loaded as they are placed, and a reload from disk that is written down."""
 
     def __init__(
         self,
@@ -84,7 +73,6 @@ class Rank:
         ep_rank: int = 0,
         ep_size: int = 1,
         *,
-        runner: str = "triton",
         shared: int = 0,
     ) -> None:
         self.stored, self.placement = stored, {layer: list(row) for layer, row in placement.items()}
@@ -101,12 +89,17 @@ class Rank:
                 like = torch.empty((share + shared, rows, *tensor.shape[1:]), dtype=tensor.dtype)
                 noise = torch.randint(0, 256, (like.nbytes,), dtype=torch.uint8).view(like.dtype).view(like.shape)
                 module = self._module(root, found["stem"])
-                method = Fp8MoEMethod if "scale" in "".join(stored) else UnquantizedFusedMoEMethod
-                module.quant_method = method(runner)
+                module.quant_method = MethodOfNextYear()
                 module.register_parameter(f"{part}_{found['kind']}", torch.nn.Parameter(noise, requires_grad=False))
         self.runner = Runner(root, ep_rank, ep_size, self._from_disk)
         self.reloaded: list[set[str]] = []
         self.disk_answer: Any = (True, "")
+        expect(self, self.parameters)
+
+    def lose(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Noise in every slot of the experts that have such a tensor."""
+        lost = {name: torch.randint(0, 256, (t.nbytes,), dtype=torch.uint8) for name, t in self.stored.items()}
+        expect(self, self.parameters, wanted, {n: noise.view(self.stored[n].dtype) for n, noise in lost.items()})
 
     @staticmethod
     def _module(root: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -139,10 +132,16 @@ class Rank:
         return [physical for physical, logical in enumerate(self.placement[layer]) if logical == expert]
 
 
-def expect(rank: Rank, into: Mapping[str, torch.Tensor], wanted: Callable[[str], bool] = lambda name: True) -> None:
+def expect(
+    rank: Rank,
+    into: Mapping[str, torch.Tensor],
+    wanted: Callable[[str], bool] = lambda name: True,
+    stored: Stored | None = None,
+) -> None:
     """The oracle: put every wanted tensor where SGLang's client would, gate above up."""
     share = len(next(iter(rank.placement.values()))) // rank.runner.moe_ep_size
-    for name, tensor in rank.stored.items():
+    for name, right in rank.stored.items():
+        tensor = right if stored is None else stored[name].view(right.shape)
         found = NAME.fullmatch(name)
         assert found
         if not wanted(name):
@@ -229,9 +228,10 @@ def test_it_fills_the_same_places_as_sglangs_own_client_for_every_rank_and_place
         for ep_rank in range(ep_size):
             rank = Rank(moe, placement, ep_rank, ep_size)
             expected = copies(rank)
-            expect(rank, expected)
+            backup = client(rank, url)
+            rank.lose()
             assert differing(rank, expected)
-            client(rank, url).update_weights()
+            backup.update_weights()
             assert differing(rank, expected) == []
             assert rank.reloaded == []
 
@@ -246,20 +246,49 @@ def test_a_filter_of_checkpoint_names_leaves_other_experts_alone(
     url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
     rank = Rank(moe, shuffled(16), 1, 2)
     backup = client(rank, url)
+    right = copies(rank)
+    rank.lose(lambda name: ".experts.3." in name)
     expected = copies(rank)
+    assert differing(rank, right)
 
     def wanted(name: str) -> bool:
-        return ".layers.4.mlp.experts.6." in name or ".layers.5.mlp.experts.12." in name
+        return ".layers.4.mlp.experts.7." in name or ".layers.5.mlp.experts.10." in name
 
-    expect(rank, expected, wanted)
+    rank.lose(wanted)
+    assert differing(rank, expected)
     backup.update_weights(wanted)
     assert differing(rank, expected) == []
-
-    rank.placement = {layer: row[::-1] for layer, row in rank.placement.items()}  # rebalanced meanwhile
-    expect(rank, expected)
-    backup.update_weights(None)
-    assert differing(rank, expected) == []
     assert (rank.reloaded, backup.use_backup) == ([], True)
+
+
+@pytest.mark.parametrize("moved", ["all", "some", "wrongly"])
+def test_experts_that_were_placed_anew_are_proved_but_for_those_that_sglang_says_are_lost(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+    moved: str,
+) -> None:
+    url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
+    rank = Rank(moe, shuffled(16), 1, 2)
+    backup = client(rank, url)
+    rank.placement = {layer: row[::-1] for layer, row in rank.placement.items()}
+    expected = copies(rank)
+    expect(rank, expected)
+
+    def wanted(name: str) -> bool:
+        return moved == "all" or ".experts.3." in name or ".experts.12." in name
+
+    if moved == "some":  # SGLang's ranks gave each other the experts that any of them had
+        expect(rank, rank.parameters)
+    rank.lose(wanted)
+    backup.update_weights(None if moved == "all" else wanted)
+    if moved == "wrongly":
+        assert [{NAME.fullmatch(n)["expert"] for n in names} for names in rank.reloaded] == [{"3", "12"}]  # type: ignore[index]
+    else:
+        assert differing(rank, expected) == []
+        assert (rank.reloaded, backup.use_backup) == ([], True)
 
 
 def test_weights_without_scales_go_the_same_way(
@@ -276,8 +305,9 @@ def test_weights_without_scales_go_the_same_way(
     for ep_rank in (0, 1):
         rank = Rank(stored, {layer: [6, 5, 4, 3, 2, 1, 0, 6] for layer in (0, 1)}, ep_rank, 2)
         expected = copies(rank)
-        expect(rank, expected)
-        client(rank, url).update_weights(None)
+        backup = client(rank, url)
+        rank.lose()
+        backup.update_weights(None)
         assert differing(rank, expected) == []
 
 
@@ -291,8 +321,9 @@ def test_slots_past_a_ranks_share_hold_shared_experts_and_are_left_alone(
     url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
     rank = Rank(moe, shuffled(16), 1, 2, shared=1)
     expected = copies(rank)
-    expect(rank, expected)
-    client(rank, url).update_weights(None)
+    backup = client(rank, url)
+    rank.lose()
+    backup.update_weights(None)
     assert differing(rank, expected) == []
 
 
@@ -314,14 +345,16 @@ def test_experts_that_do_not_divide_among_nodes_a_dead_node_and_a_late_rank_are_
     wait_until(lambda: nodes[0].get("/v1/coverage")["total"]["by_replicas"]["2"] == 39, "every map")
     first, late = (Rank(moe, shuffled(16), ep_rank, 2) for ep_rank in (0, 1))
     expected = copies(first)
-    expect(first, expected)
-    client(first, nodes[0].url).update_weights()
+    backup = client(first, nodes[0].url)
+    first.lose()
+    backup.update_weights()
     assert differing(first, expected) == []
 
     nodes[2].kill()
     expected = copies(late)
-    expect(late, expected)
-    client(late, nodes[0].url).update_weights()  # its client did not exist when the nodes became ready
+    backup = client(late, nodes[0].url)  # its client did not exist when the nodes became ready
+    late.lose()
+    backup.update_weights()
     assert differing(late, expected) == []
     assert first.reloaded == late.reloaded == []
 
@@ -343,8 +376,9 @@ def test_more_ranges_than_one_tcp_batch_takes_come_from_another_node(
     empty.wait_live().wait_alive("n1")
     rank = Rank(stored, {layer: list(range(101)) for layer in (3, 4, 5, 6)})
     expected = copies(rank)
-    expect(rank, expected)
-    client(rank, empty.url).update_weights(None)
+    backup = client(rank, empty.url)
+    rank.lose()
+    backup.update_weights(None)
     assert differing(rank, expected) == []
     assert rank.reloaded == []
 
@@ -370,7 +404,7 @@ def test_experts_that_no_node_has_are_the_only_ones_reloaded_from_disk(
     held = {(e["layer"], e["expert"]) for e in here.get("/v1/shard-map?scope=node")["experts"]}
     gone.kill()
     expected = copies(rank)
-    expect(rank, expected)
+    rank.lose()
     backup.update_weights()
     assert differing(rank, expected) == []
     keys = {(int(m["layer"]), int(m["expert"])) for n in rank.reloaded[0] if (m := NAME.fullmatch(n))}
@@ -397,9 +431,10 @@ def test_experts_that_no_node_has_are_read_from_the_models_files_where_those_are
     rank = Rank(moe, shuffled(16))
     rank.runner.model_config.model_path = str(moe_checkpoint)
     expected = copies(rank)
-    expect(rank, expected)
+    backup = client(rank, here.url)
+    rank.lose()
     with caplog.at_level("INFO", "hotspare.sglang"):
-        client(rank, here.url).update_weights()
+        backup.update_weights()
     assert differing(rank, expected) == []
     assert rank.reloaded == []
     assert "39 of 39 experts" in caplog.text
@@ -419,7 +454,7 @@ def test_without_a_node_sglang_reloads_itself_until_one_is_there(
     backup = client(rank, f"http://127.0.0.1:{port}", ready=False)
     assert backup.use_backup is False
     expected = copies(rank)
-    expect(rank, expected)
+    rank.lose()
     backup.update_weights()  # a caller that did not look is served all the same
     assert differing(rank, expected) == []
     assert rank.reloaded == [set(moe)]
@@ -445,13 +480,60 @@ def test_weights_that_a_kernel_rewrote_after_binding_are_left_to_sglang_for_good
     assert backup.use_backup is False
 
 
-@pytest.mark.parametrize(
-    "breaking", ["a kernel that rewrites weights", "a marked parameter", "ranks", "no experts", "a draft's layer"]
-)
-def test_what_is_not_known_to_be_plain_is_left_to_sglang_for_good(
+@pytest.mark.parametrize("rewritten", ["rows in turn", "other weights", "one bit"])
+def test_slots_that_do_not_hold_the_models_bytes_are_left_to_sglang_for_good(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+    caplog: pytest.LogCaptureFixture,
+    rewritten: str,
+) -> None:
+    url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
+    rank = Rank(moe, shuffled(13))
+    name, w13 = next((name, p.view(torch.uint8)) for name, p in rank.parameters.items() if name.endswith("w13_weight"))
+    if rewritten == "rows in turn":
+        w13.copy_(torch.stack(w13.clone().chunk(2, 1), 2).reshape(w13.shape))
+    elif rewritten == "other weights":
+        rank.lose()
+    else:
+        w13[-1, -1, -1] ^= 1
+    backup = client(rank, url, ready=False)
+    assert backup._preparing is not None
+    backup._preparing.join(20)
+    assert not backup._preparing.is_alive()
+    assert backup.use_backup is False
+    assert f"slot 12 of {name} does not hold" in caplog.text or rewritten != "one bit"
+    assert "the same bytes in another order" in caplog.text or rewritten != "rows in turn"
+
+
+def test_experts_that_were_being_moved_while_they_were_looked_at_are_looked_at_again(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+    wait_until: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("transfer.sglang.client.MISMATCHES_MAX", 3333)
+    url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
+    rank = Rank(moe, shuffled(13))
+    rank.lose(lambda name: ".experts.5." in name)
+    backup = client(rank, url, ready=False)
+    wait_until(lambda: "1 of 39" in caplog.text or "3 of 39" in caplog.text, "seen")
+    assert backup.use_backup is False
+    expect(rank, rank.parameters)
+    wait_until(lambda: backup.use_backup, "bound")
+
+
+@pytest.mark.parametrize("breaking", ["a marked parameter", "ranks", "no experts", "a draft's layer", "other memory"])
+def test_what_cannot_be_filled_is_left_to_sglang_for_good(
     moe: Stored, client: Callable[..., HotspareBackupClient], wait_until: Callable[..., Any], breaking: str
 ) -> None:
-    rank = Rank(moe, shuffled(16), 0, 2, runner="marlin" if "kernel" in breaking else "triton")
+    rank = Rank(moe, shuffled(16), 0, 2)
     if breaking == "a marked parameter":
         next(rank.runner.model.parameters()).is_shuffled = True
     elif breaking == "ranks":
@@ -459,6 +541,10 @@ def test_what_is_not_known_to_be_plain_is_left_to_sglang_for_good(
     elif breaking == "a draft's layer":
         rank.runner.model.model.decoder = rank.runner.model.model.layers.get_submodule("3")
         del rank.runner.model.model.layers._modules["3"]
+    elif breaking == "other memory":
+        next(m for m in rank.runner.model.modules() if hasattr(m, "w13_weight")).register_buffer(
+            "alphas", torch.ones(8)
+        )
     elif breaking == "no experts":
         rank.runner.model = torch.nn.Linear(3, 3)
     backup = client(rank, NOBODY, ready=False)

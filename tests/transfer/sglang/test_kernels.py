@@ -1,89 +1,59 @@
-"""Expert modules whose weights a kernel rewrote are refused, by the traits that SGLang's modules show."""
+"""A module's names decide nothing, and memory that its kernel has beside the parameters is found."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from transfer.sglang.kernels import sglang_layout
 from transfer.slots.layouts import SlotMismatch
 
-
-class UnquantizedFusedMoEMethod(SimpleNamespace):
-    """Stands for SGLang's class of that name; it is known by its name."""
+SLOTS = 3
 
 
-class Fp8MoEMethod(SimpleNamespace):
-    """The same."""
+def experts(method: Any = None, **more: Any) -> torch.nn.Module:
+    module = torch.nn.Module()
+    for name in ("w13_weight", "w2_weight", "w13_weight_scale_inv"):
+        module.register_parameter(name, torch.nn.Parameter(torch.zeros(SLOTS, 8, 4), requires_grad=False))
+    module.quant_method = method
+    for name, value in more.items():
+        setattr(module, name, value)
+    return module
 
 
-class CompressedTensorsFusedMoEMethod(SimpleNamespace):
-    """The same."""
+@pytest.mark.parametrize("method", [None, SimpleNamespace(), SimpleNamespace(runner="of next year")])
+def test_a_module_is_gate_first_unless_it_says_otherwise_whatever_it_is_called(method: Any) -> None:
+    assert sglang_layout(experts(method)) == "gate_first"
+    assert sglang_layout(experts(SimpleNamespace(load_up_proj_weight_first=True))) == "up_first"
 
 
-def experts(method: Any = UnquantizedFusedMoEMethod, runner: str = "triton", **marks: Any) -> SimpleNamespace:
-    on_method = {
-        k: marks.pop(k)
-        for k in list(marks)
-        if k.startswith(("use_mxfp8", "is_fp4", "use_fl", "load_up", "use_tr", "w13_swiglu", "block_quant"))
-    }
-    backend = SimpleNamespace(runner_backend=SimpleNamespace(value=runner))
-    return SimpleNamespace(quant_method=method(runner=backend, **on_method), **marks)
+@pytest.mark.parametrize("mark", ["_mega_moe_weights_built", "_dwdp_bound"])
+def test_a_kernel_with_weights_elsewhere_is_refused(mark: str) -> None:
+    assert sglang_layout(experts(**{mark: False})) == "gate_first"
+    with pytest.raises(SlotMismatch, match=f"{mark}.*would not reach it"):
+        sglang_layout(experts(**{mark: True}))
 
 
-@pytest.mark.parametrize("method", [UnquantizedFusedMoEMethod, Fp8MoEMethod])
-@pytest.mark.parametrize("runner", ["triton", "deep_gemm"])
-def test_plain_modules_are_gate_first_unless_they_say_otherwise(method: Any, runner: str) -> None:
-    assert sglang_layout(experts(method, runner), is_rocm=False) == "gate_first"
-    assert sglang_layout(experts(method, runner, load_up_proj_weight_first=True), is_rocm=False) == "up_first"
+@pytest.mark.parametrize("kind", ["attribute", "buffer", "parameter"])
+def test_what_a_kernel_made_of_the_weights_for_each_slot_is_found(kind: str) -> None:
+    module, alphas = experts(), torch.ones(SLOTS)
+    if kind == "buffer":
+        module.register_buffer("g1_alphas", alphas)
+    elif kind == "parameter":
+        module.register_parameter("g1_alphas", torch.nn.Parameter(alphas, requires_grad=False))
+    else:
+        vars(module)["g1_alphas"] = alphas
+    with pytest.raises(SlotMismatch, match=r"g1_alphas \[3\], which has something for each slot"):
+        sglang_layout(module)
 
 
-def test_marks_that_are_off_do_no_harm() -> None:
-    module = experts(use_mxfp8=False, use_intel_amx_backend=False, hpc_ops_w13_weight_scale=None)
-    assert sglang_layout(module, is_rocm=False) == "gate_first"
-
-
-@pytest.mark.parametrize(
-    "mark",
-    [
-        "use_intel_amx_backend",
-        "_mega_moe_weights_built",
-        "_dwdp_bound",
-        "use_mxfp8",
-        "is_fp4_expert",
-        "use_flashinfer_trtllm_moe",
-        "w13_swiglu_interleaved",
-    ],
-)
-def test_a_mark_of_rewriting_is_refused(mark: str) -> None:
-    with pytest.raises(SlotMismatch, match=f"with {mark}: "):
-        sglang_layout(experts(**{mark: True}), is_rocm=False)
-
-
-def test_fp8_with_one_scale_a_tensor_is_refused_and_block_fp8_is_not() -> None:
-    assert sglang_layout(experts(Fp8MoEMethod, block_quant=True), is_rocm=False) == "gate_first"
-    with pytest.raises(SlotMismatch, match="scales of gate and up become one"):
-        sglang_layout(experts(Fp8MoEMethod, block_quant=False), is_rocm=False)
-
-
-def test_scales_copied_aside_by_a_kernel_are_refused() -> None:
-    with pytest.raises(SlotMismatch, match="scales of its own"):
-        sglang_layout(experts(hpc_ops_w13_weight_scale=object()), is_rocm=False)
-
-
-@pytest.mark.parametrize("runner", ["marlin", "flashinfer_trtllm", "auto", "of next year"])
-def test_an_unknown_runner_is_refused(runner: str) -> None:
-    with pytest.raises(SlotMismatch, match=f"runner {runner}: "):
-        sglang_layout(experts(runner=runner), is_rocm=False)
-
-
-def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(SlotMismatch, match="method CompressedTensorsFusedMoEMethod"):
-        sglang_layout(experts(CompressedTensorsFusedMoEMethod), is_rocm=False)
-    with pytest.raises(SlotMismatch, match="method NoneType"):
-        sglang_layout(SimpleNamespace(), is_rocm=False)
-
-
-def test_rocm_is_refused() -> None:
-    with pytest.raises(SlotMismatch, match="aiter"):
-        sglang_layout(experts(), is_rocm=True)
+def test_what_is_no_copy_of_weights_does_no_harm() -> None:
+    module = experts(
+        expert_map=torch.arange(SLOTS),
+        buffer_of_another_length=torch.zeros(SLOTS + 1, 4),
+        scaling=torch.tensor(2.5),
+        e_score_correction_bias=torch.zeros(SLOTS),
+    )
+    vars(module)["weights_of_another_name"] = module.w13_weight.data.view(SLOTS, 4, 8)
+    assert sglang_layout(module) == "gate_first"
