@@ -80,6 +80,11 @@ class Rank:
         by_layer = {layer_of(stem): experts for stem, experts in self.maps.items()}
         self.slots = Slots.fused(self.held, physical_to_logical=by_layer, ep_rank=EP_RANK, ep_size=EP_SIZE)
 
+    def load(self) -> None:
+        """What an engine does when it starts: every slot from the files."""
+        for _, found, right in self._pairs():
+            found.copy_(right)
+
     def spoil(self) -> None:
         """Noise over every byte."""
         import torch
@@ -139,6 +144,7 @@ def main() -> None:
     with ExitStack() as stack:
         rank = Rank(Checkpoint(Path(directory), stack))
         restorer = stack.enter_context(Restorer(url, model=model, namespace=namespace, node=node))
+        rank.load()
         restorer.bind(rank.slots)
         for line in sys.stdin:
             sys.stdout.buffer.write(orjson.dumps(COMMANDS[line.strip()](rank, restorer)) + b"\n")

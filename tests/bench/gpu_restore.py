@@ -343,7 +343,7 @@ def local_figures(figures: Figures, url: str, held: Experts, right: Experts, lay
     slots = Slots.fused(held)
     with Restorer(url) as restorer:
         started = time.perf_counter()
-        restorer.bind(slots)
+        restorer.bind(slots, proof="none")
         figures.add("bind: attach, page-lock, host buffers (once)", [time.perf_counter() - started])
         attachment = restorer._segment.attachment
         assert attachment is not None
@@ -355,6 +355,11 @@ def local_figures(figures: Figures, url: str, held: Experts, right: Experts, lay
         wrong = differing(held, right, layers, shape)
         print(f"{'tensors that differ from the files':<56} {wrong:8d}", flush=True)
         assert not wrong
+        proofs = [restorer.bind(slots) for _ in range(REPEATS)]
+        assert all(proof.experts_proved == proof.experts_total for proof in proofs)
+        figures.add("proof of all slots by the GPU, at bind", sorted(proof.seconds for proof in proofs))
+        sampled = restorer.bind(slots, proof="sample")
+        figures.add("proof of a sample of each layer, at bind", [sampled.seconds], sampled.bytes_proved)
 
 
 def local_variants(figures: Figures, url: str, held: Experts, layers: int, shape: str) -> None:
@@ -365,22 +370,24 @@ def local_variants(figures: Figures, url: str, held: Experts, layers: int, shape
             constant(sources, "LOCAL_BATCH_NBYTES_MAX", size << 20),
             Restorer(url) as restorer,
         ):
-            restorer.bind(slots)
+            restorer.bind(slots, proof="none")
             taken = restored(restorer, held, "local")
             figures.add(f"  variant: {lanes} lanes, batches up to {size} MiB", taken)
     with constant(device_checksum, "can_take", lambda _: False), Restorer(url) as restorer:
-        restorer.bind(slots)
+        restorer.bind(slots, proof="none")
         figures.add("  variant: checksums by the processor", restored(restorer, held, "local"))
     with constant(Attachment, "pin", refuse_pin), Restorer(url) as restorer:
-        restorer.bind(slots)
+        restorer.bind(slots, proof="none")
         figures.add("  variant: not page-locked, through host buffers", restored(restorer, held, "local"))
 
 
 def parts_figure(figures: Figures, url: str, layers: int, shape: str) -> None:
     held = parameters(shape, layers, tp=4)
     with Restorer(url) as restorer:
-        restorer.bind(Slots.fused(held, tp_rank=1, tp_size=4))
+        restorer.bind(Slots.fused(held, tp_rank=1, tp_size=4), proof="none")
         figures.add("restore of a quarter of each block (tp 4), by block", restored(restorer, held, "local"))
+        seconds = restorer.bind(Slots.fused(held, tp_rank=1, tp_size=4)).seconds
+        figures.add("proof of a quarter of each block, by block, at bind", [seconds])
 
 
 def remote_figures(
@@ -389,7 +396,7 @@ def remote_figures(
     """From the other node's memory."""
     slots = Slots.fused(held)
     with Restorer(url, model=ELSEWHERE) as restorer:
-        restorer.bind(slots)
+        restorer.bind(slots, proof="none")
         restored(restorer, held, "peer")
         wrong = differing(held, right, layers, shape)
         print(f"{'tensors that differ from the files':<56} {wrong:8d}", flush=True)
@@ -422,7 +429,7 @@ def remote_figures(
 
 def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> None:
     with Restorer(url, model=ELSEWHERE, straight=True) as restorer:
-        restorer.bind(slots)
+        restorer.bind(slots, proof="none")
         poison(held)
         started = time.perf_counter()
         assert restorer.restore().ok
@@ -435,11 +442,11 @@ def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> 
             constant(ladder, "PEER_BATCH_NBYTES", size << 20),
             Restorer(url, model=ELSEWHERE) as restorer,
         ):
-            restorer.bind(slots)
+            restorer.bind(slots, proof="none")
             taken = restored(restorer, held, "peer")
             figures.add(f"  variant: {lanes} lanes, items of {item} MiB, buffers of {size} MiB", taken)
     with constant(device_checksum, "can_take", lambda _: False), Restorer(url, model=ELSEWHERE) as restorer:
-        restorer.bind(slots)
+        restorer.bind(slots, proof="none")
         figures.add("  variant: checksums by the processor", restored(restorer, held, "peer"))
 
 

@@ -34,6 +34,9 @@ from transfer.ledger import Ledger
 from transfer.plan import Limits, Offer, Want
 from transfer.slots import Slots
 from transfer.slots.copies import apply_copies
+from transfer.slots.host import HostSlots
+from transfer.slots.mismatch import Reference
+from transfer.slots.proof import compare
 from transfer.slots.table import SlotTable
 from transfer.sources import LOCAL_LANES_MAX
 from transfer.standing import Party
@@ -135,14 +138,19 @@ def copying(shape: str, nbytes: int) -> dict[str, float]:
         ):
             address = [weights.address(row) for row in rows]
             copies = [table.by_slot(row)[0] for row in rows]
-            restorer.bind(slots)
+            restorer.bind(slots, proof="none")
             assert restorer.restore().ok
-            memcpy, slot_copy, verify, restore = best(
+            memory = HostSlots(table)
+            references = {row: Reference(weights.checksum(row)) for row in rows}
+            memcpy, slot_copy, verify, restore, proof, bind = best(
                 lambda: in_threads(lambda r: ctypes.memmove(into + starts[r], address[r], sizes[r]), rows),
                 lambda: in_threads(lambda r: apply_copies(weights.block(r), copies[r]), rows),
                 lambda: in_threads(lambda r: checksum(weights.block(r)), rows),
                 restorer.restore,
+                lambda: compare(table, memory, references, rows),
+                lambda: restorer.bind(slots),
             )
+            (sampled,) = best(lambda: restorer.bind(slots, proof="sample"))
     finally:
         segment.unlink()
     return {
@@ -154,6 +162,10 @@ def copying(shape: str, nbytes: int) -> dict[str, float]:
         "into slots / memcpy": memcpy / slot_copy,
         "restore with verification / memcpy": memcpy / restore,
         "restore / memcpy then checksums": (memcpy + verify) / restore,
+        "proof of slots GB/s": total / proof / 1e9,
+        "proof of slots / checksums alone, of whole blocks": verify / proof,
+        "bind with all proved GB/s": total / bind / 1e9,
+        "bind with a sample proved, ms": sampled * 1e3,
     }
 
 

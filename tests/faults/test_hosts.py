@@ -40,7 +40,7 @@ directory, url, disk = sys.argv[1:]
 right = {}
 for file in Path(directory).glob("*.safetensors"):
     right |= {name: tensor for name, tensor in load_file(file).items() if ".mlp.experts." in name}
-held = {name: torch.empty_like(tensor) for name, tensor in right.items()}
+held = {name: tensor.clone() for name, tensor in right.items()}
 with httpx.Client(base_url=url, trust_env=False) as http, Restorer(url, checkpoint=disk or None) as restorer:
     slots = Slots.plain(held)
     restorer.bind(slots)

@@ -234,16 +234,18 @@ def main() -> int:
         theirs = runner.make_client()
         load_plugins()  # a scheduler does so first of all, which leaves no client of SGLang's own to compare with
         place(model_config, options.rank, seed=0)
-        ours = runner.make_client()
-        assert isinstance(ours, HotspareBackupClient)
         assert expert_backup_manager.run_expert_backup_manager(arguments, None) is None
         let_manager_publish(options)
         wait_for(theirs)
+        # An engine has loaded its weights by then, and ours binds to nothing else: SGLang's own client loads them here.
+        logical = expert_location.get_global_expert_location_metadata().num_logical_experts
+        layers = range(model_config.hf_config.num_hidden_layers)
+        recover(runner, theirs, {layer: list(range(logical)) for layer in layers})
+        ours = runner.make_client()
+        assert isinstance(ours, HotspareBackupClient)
         wait_for(ours)
 
         found: dict[str, Any] = {"parameters": sum(t.nbytes for t in parameters_of(runner.model).values())}
-        logical = expert_location.get_global_expert_location_metadata().num_logical_experts
-        layers = range(model_config.hf_config.num_hidden_layers)
         found["all"] = compare(runner, theirs, ours, {layer: list(range(logical)) for layer in layers})
         place(model_config, options.rank, seed=1)
         found["placed anew"] = compare(runner, theirs, ours, {layer: list(range(logical)) for layer in layers})

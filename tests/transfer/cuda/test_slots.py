@@ -169,6 +169,28 @@ def test_what_lies_on_the_device_is_checked_there(cuda: Any) -> None:
     assert memory.check([2])[2] == checksum(memoryview(content[2]))
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_lies_on_the_device_is_compared_with_a_block_and_brought_back(cuda: Any, tp: int) -> None:
+    of = manifest()
+    held = parameters(EXPERTS + 1, tp)
+    slots = Slots.fused(held, physical_to_logical={1: [0, 1, 2, 3, 4, 2]}, tp_rank=tp - 1, tp_size=tp)
+    table = SlotTable(slots.plan(of), of)
+    memory = DeviceSlots(table, cuda, Staging(int(of.nbytes.max()), int(of.nbytes.sum()), cuda.allocate))
+    given, content, _alive = blocks(of)
+    memory.put(given)
+    assert all(memory.holds(row, address) for row, address in given)
+    assert not memory.holds(2, given[3][1])
+    whole = bytes(memory.gather(2, 1))
+    assert whole == content[2] or tp > 1
+    up = table.manifest.schema(2).tensors[-1]
+    last = up.offset + up.nbytes - 1  # of a scale, which the last rank has
+    assert whole[last] == content[2][last]
+    held["model.layers.1.mlp.experts.w13_weight_scale_inv"][5].view(torch.uint8)[-1, -1] ^= 1
+    assert memory.gather(2, 1)[last] == content[2][last] ^ 1
+    assert not memory.holds(2, given[2][1]), "the sibling differs"
+    assert memory.holds(1, given[1][1])
+
+
 @pytest.mark.parametrize(("placement", "singles"), [([0, 1, 2, 3, 4], 0), ([0, 2, 4, 1, 3], 0), ([4, 3, 2, 1, 0], 20)])
 def test_neighbours_are_copied_together_and_never_two_tensors(
     cuda: Any, placement: list[int], singles: int, monkeypatch: pytest.MonkeyPatch
