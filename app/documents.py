@@ -14,7 +14,7 @@ from app.cluster.membership import PeerState
 from app.node.node import NodeState
 from shm.block import NBYTES_MAX
 from transfer.progress import RestoreState
-from transfer.push.sources import PUSH_BLOCKS_MAX
+from transfer.push.destination import PUSH_LIMITS
 from transfer.push.table import (
     ADDRESS_MAX,
     BASES_MAX,
@@ -312,6 +312,7 @@ class ConsumerDocument(Document):
     node_id: str = Field(description="The node it is registered with, which plans its restores.")
     session_id: str
     manifest_digest: str
+    epoch: int = Field(description="Of this registration: another one for each. Leases to write to it name it.")
     blocks: int = Field(description="Experts that have a slot.")
     slots: int
     ranges: int
@@ -326,12 +327,31 @@ class Consumers(Document):
     consumers: list[ConsumerDocument]
 
 
+class LeaseRequest(Document):
+    epoch: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the registration that is to be written to.")]
+    push_id: Annotated[str, Field(min_length=1, max_length=64, pattern="^[!-~]+$")]
+
+
+class LeaseDocument(Document):
+    ttl_s: float = Field(description="For so long the push may write, from when it asked.")
+
+
 class WantedExpert(ExpertRef):
     checksum: Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="That the block must have.")]
 
 
+class PushLease(Document):
+    """Where the node that is asked to push gets the right to write: from the consumer's own node."""
+
+    node_id: NodeId
+    consumer_id: Annotated[str, Field(min_length=1, max_length=200, pattern="^[!-~]+$")]
+    epoch: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    push_id: Annotated[str, Field(min_length=1, max_length=64, pattern="^[!-~]+$")]
+
+
 class PushRequest(PushTableDocument):
-    blocks: Annotated[list[WantedExpert], Field(min_length=1, max_length=PUSH_BLOCKS_MAX)]
+    lease: PushLease
+    blocks: Annotated[list[WantedExpert], Field(min_length=1, max_length=PUSH_LIMITS.items)]
     read_back: bool = False
 
 

@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shm import posix
-from shm.block import DENSE, ExpertKey, TensorTemplate, fill_template
+from shm.block import DENSE, ExpertKey, HeldBlock, TensorTemplate, fill_template
 from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
@@ -119,13 +119,6 @@ def _map(fd: int, header: Header, where: str) -> mmap.mmap:
         raise SegmentError(
             f"{where} cannot be mapped ({error}): raise the limit of address space (`ulimit -v unlimited`)"
         ) from error
-
-
-class HeldBlock(NamedTuple):
-    """Where a published block lies in this process's memory, and the xxh3-128 recorded for it."""
-
-    address: int
-    checksum: bytes
 
 
 class Attachment(Mapping[str, "torch.Tensor"]):

@@ -38,6 +38,13 @@ class ExpertKey(NamedTuple):
         return self.expert != DENSE
 
 
+class HeldBlock(NamedTuple):
+    """Where a published block lies in this process's memory, and the xxh3-128 recorded for it."""
+
+    address: int
+    checksum: bytes
+
+
 class TensorSpec(NamedTuple):
     """One tensor of a block: where it lies in the block and where in the checkpoint. Units: bytes."""
 

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from shm import posix
+from shm.block import HeldBlock
 from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import (
     BlockUnavailable,
@@ -313,6 +314,19 @@ class Segment:
 
     def published(self) -> Int64s:
         return self.rows(BlockState.PUBLISHED)
+
+    def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
+        """Of these manifest rows those whose block is published here."""
+        return {row: HeldBlock(self.address(row), self.checksum(row)) for row in self._of_these(rows)}
+
+    def served(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
+        """The same, at their addresses in `served_ranges`."""
+        return {row: HeldBlock(self.served_address(row), self.checksum(row)) for row in self._of_these(rows)}
+
+    def _of_these(self, rows: Iterable[int]) -> list[int]:
+        """Those of the rows whose block is published."""
+        states = self._table.entries["state"]
+        return [row for row in rows if row < len(states) and states[row] == BlockState.PUBLISHED]
 
     def fingerprint(self) -> str:
         """Of the block table, hex: another one whenever a block was published, hidden or given other content."""

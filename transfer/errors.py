@@ -32,11 +32,15 @@ class EngineRefused(EngineError):
 
 
 class TransferFailed(EngineError):
-    """A batch failed. With `timed_out`, bytes may land in its destinations later."""
+    """A batch failed. With `timed_out`, bytes may land in its destinations later.
 
-    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+    With `is_destination_gone`, what is to be filled does not answer: it makes no difference who brings the bytes.
+    """
+
+    def __init__(self, message: str, *, timed_out: bool = False, is_destination_gone: bool = False) -> None:
         super().__init__(message)
         self.timed_out = timed_out
+        self.is_destination_gone = is_destination_gone
 
 
 class RestoreError(HotspareError):

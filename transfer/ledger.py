@@ -4,7 +4,7 @@ Theory of operation. Whoever moves bytes asks `next` what to do now, does it, an
 `failed`, `verified`, `refused`, `published`, `ended`, `cancel`. After each of these `next` is asked again. Nothing is
 decided anywhere else, and nothing is decided ahead: which source serves a block is settled again whenever one of three
 things happens: the block's transfer failed, its bytes were wrong, or the source it waits for is doubted. Failure means
-"clear and ask again": the block is wanted as before, poorer by an offer, and there are no rounds to wait for.
+"clear and ask again": the block is wanted as before, poorer by an offer, and there are no rounds.
 
 A block goes these ways, and no other; STEPS is the same as a table, and what is not in it raises.
 
@@ -132,10 +132,16 @@ class Ledger:
     """The blocks and sources of one restore. Not thread-safe: one lock around each call will do."""
 
     def __init__(
-        self, wants: Iterable[Want], offers: Mapping[int, Sequence[Offer]], parties: Mapping[Hashable, Party]
+        self,
+        wants: Iterable[Want],
+        offers: Mapping[int, Sequence[Offer]],
+        parties: Mapping[Hashable, Party],
+        reasons: Mapping[int, str] | None = None,
     ) -> None:
-        """`offers` by manifest row; each names its source by a key of `parties`."""
+        """`offers` by manifest row; the sources in them are the keys of `parties`. `reasons` are known beforehand."""
         self._blocks = {want.row: _Block(want, list(offers.get(want.row, ()))) for want in wants}
+        for row, reason in (reasons or {}).items():
+            self._blocks[row].give_reason(reason)
         self._sources = {key: Record(key, party) for key, party in parties.items()}
         self._count = Counter({Stage.WANTED: len(self._blocks)})
         self._unassigned = list(self._blocks)
@@ -144,6 +150,7 @@ class Ledger:
         self._outstanding: list[Batch] = []
         self._touched: Counter[int] = Counter()
         self.is_cancelled = False
+        self._is_abandoned = False
 
     # -- what to do ------------------------------------------------------------------------------------------
 
@@ -180,6 +187,8 @@ class Ledger:
             is_doubted = source.standing is Standing.DOUBTED
             return is_doubted, offer.source in block.tried, source.party.tier, source.load_nbytes
 
+        if self._is_abandoned:
+            return None
         offers = [o for o in block.offers if not self._sources[o.source].is_given_up]
         return min(offers, key=cost) if len(offers) > 1 else offers[0] if offers else None
 
@@ -220,12 +229,16 @@ class Ledger:
                 self._to_verify.append(want.row)
 
     def failed(self, batch: Batch, error: Exception, now: float) -> None:
-        """The batch did not come, and any of its destinations may be half-written; if it timed out, also later."""
+        """The batch did not come, and any of its blocks may be half-written; if it timed out, also later.
+
+        Where its destination is gone, nothing can be put there any more: what is wanted has failed.
+        """
         started = self._sources[batch.source].under_way[batch]
         source = self._end(batch)
         before = source.standing
         source.note_failure(started, now)
         timed_out = isinstance(error, TransferFailed) and error.timed_out
+        is_gone = isinstance(error, TransferFailed) and error.is_destination_gone
         if timed_out:
             self._outstanding.append(batch)
             self._touched.update(want.row for want in batch.wants)
@@ -234,7 +247,9 @@ class Ledger:
             block.give_reason(f"{source.party.name}: {told(error)}")
             block.close(source.key) if timed_out else block.try_again_or_close(source.key)
             self._want_again(block, Event.LOST)
-        if source.standing is not before:
+        if is_gone:
+            self._abandon(told(error))
+        elif source.standing is not before:
             self._reassign(source)
 
     def verified(self, row: int, checksum: bytes) -> None:
@@ -300,7 +315,7 @@ class Ledger:
 
     @property
     def outstanding(self) -> tuple[Batch, ...]:
-        """The transfers that were given up on, and may still write to the destinations in their copies."""
+        """The transfers that were given up on, and may still write to where their blocks belong."""
         return tuple(self._outstanding)
 
     @property
@@ -351,3 +366,11 @@ class Ledger:
             for row in self._unassigned:
                 if any(offer.source == source.key for offer in self._blocks[row].offers):
                     self._blocks[row].give_reason(reason)
+
+    def _abandon(self, reason: str) -> None:
+        """Fail what is wanted, and ask nobody any more."""
+        self._is_abandoned = True
+        for source in self._sources.values():
+            self._unassigned += source.queue.clear()
+        for row in self._unassigned:
+            self._blocks[row].give_reason(reason)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-from transfer.plan import Piece
-
 MADV_POPULATE_WRITE = 23  # of Linux 5.14; Python has no name for it
 
 _libc = ctypes.CDLL(None)
@@ -31,20 +29,3 @@ def populate(address: int, nbytes: int) -> None:
 def address_of(buffer: memoryview) -> int:
     """Where a writable buffer lies."""
     return ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
-
-
-def gather(pieces: tuple[Piece, ...]) -> memoryview | None:
-    """The pieces of a block as one view, where they lie in one run; None where they do not."""
-    first = pieces[0]
-    end = first.destination
-    for piece in pieces:
-        if piece.destination != end or piece.offset != end - first.destination:
-            return None
-        end += piece.nbytes
-    return view(first.destination, end - first.destination)
-
-
-def scatter(block: memoryview, pieces: tuple[Piece, ...]) -> None:
-    """Copy a block's bytes to where its pieces belong."""
-    for piece in pieces:
-        view(piece.destination, piece.nbytes)[:] = block[piece.offset : piece.offset + piece.nbytes]

@@ -1,7 +1,7 @@
 """What is wanted, what is offered, and the batches that bring one to the other. Pure: nothing here moves a byte.
 
-Ranges that touch on both sides become one; batches are bounded in items and bytes. Which offer is taken, and what
-becomes of a block whose source fails, is decided in `transfer.ledger`.
+Batches are bounded in blocks and bytes, and so are the calls that move one; ranges that touch on both sides become one.
+Which offer is taken, and what becomes of a block whose source fails, is decided in `transfer.ledger`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,7 @@ from typing import NamedTuple
 
 from transfer.engine import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy
 
-
-class Piece(NamedTuple):
-    """Bytes [offset, offset + nbytes) of a block belong at `destination`."""
-
-    destination: int
-    offset: int
-    nbytes: int
+ITEM_NBYTES_MAX = 8 << 20  # TCP moves the items of a call side by side, and each item through one connection
 
 
 class Offer(NamedTuple):
@@ -30,27 +24,34 @@ class Offer(NamedTuple):
 
 
 class Want(NamedTuple):
-    """A block to bring: its manifest row, size, and where its pieces belong. `checksum` None: take the disk's word."""
+    """A block to bring: its manifest row, its size, and the checksum it must have; None: take the disk's word."""
 
     row: int
     nbytes: int
-    pieces: tuple[Piece, ...]
     checksum: bytes | None
+
+
+class Piece(NamedTuple):
+    """Bytes [offset, offset + nbytes) of a block belong at `destination`."""
+
+    destination: int
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What one call moves: whole blocks, and the copies that bring them, from one source. Equal to itself alone."""
+    """What one source is asked for at a time: whole blocks, and where each lies there. Equal to itself alone."""
 
     source: Hashable
     wants: tuple[Want, ...]
-    copies: tuple[Copy, ...]
+    addresses: tuple[int, ...]
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large a batch may be. A block larger than either limit is a batch of its own, sent in several calls."""
+    """How large a batch may be, in blocks and bytes, and a call, in copies and bytes. A larger block goes alone."""
 
     items: int = ITEMS_PER_BATCH_MAX
     nbytes: int = BATCH_NBYTES_MAX
@@ -87,20 +88,18 @@ class Queue:
     def cut(self, source: Hashable, limits: Limits) -> Batch:
         """Take the next batch of whole blocks. Somebody must wait."""
         wants: list[Want] = []
-        copies: list[Copy] = []
+        addresses: list[int] = []
         nbytes = 0
         while self._heap:
             is_again, address, _, want = self._heap[0]
-            if wants and (
-                is_again or nbytes + want.nbytes > limits.nbytes or len(copies) + len(want.pieces) > limits.items
-            ):
+            if wants and (is_again or nbytes + want.nbytes > limits.nbytes or len(wants) >= limits.items):
                 break
             heappop(self._heap)
             wants.append(want)
-            copies.extend(Copy(p.destination, address + p.offset, p.nbytes) for p in want.pieces)
+            addresses.append(address)
             nbytes += want.nbytes
         self.nbytes -= nbytes
-        return Batch(source, tuple(wants), tuple(coalesce(copies)), nbytes)
+        return Batch(source, tuple(wants), tuple(addresses), nbytes)
 
     def clear(self) -> list[int]:
         """Send all away; their rows."""
@@ -109,8 +108,17 @@ class Queue:
         return rows
 
 
+def sliced(copies: Iterable[Copy]) -> list[Copy]:
+    """Cut copies into items that can go side by side."""
+    return [
+        Copy(to + at, source + at, min(ITEM_NBYTES_MAX, nbytes - at))
+        for to, source, nbytes in copies
+        for at in range(0, nbytes, ITEM_NBYTES_MAX)
+    ]
+
+
 def split(copies: Sequence[Copy], limits: Limits) -> list[list[Copy]]:
-    """Cut a batch that is one oversized block into calls within the limits."""
+    """Cut copies into calls within the limits."""
     calls: list[list[Copy]] = []
     nbytes = 0
     for copy in copies:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from shm.block import ExpertKey
 from shm.errors import HotspareError
+from transfer.destination import Destination
 from transfer.errors import told
 from transfer.ledger import LANES_MAX, Arrived, Ledger
 from transfer.plan import Batch, Offer, Want
@@ -30,22 +31,6 @@ T = TypeVar("T")
 _log = logging.getLogger("hotspare.restore")
 
 
-class Destination(Protocol):
-    """Where blocks go. Called from several threads, for different blocks."""
-
-    def begin(self, want: Want) -> None:
-        """Hide the block: its bytes are about to change."""
-        ...
-
-    def checksum(self, want: Want) -> bytes:
-        """The xxh3-128 of the block's bytes as they lie at the destination."""
-        ...
-
-    def publish(self, want: Want, checksum: bytes) -> None:
-        """The block is right: let it be found."""
-        ...
-
-
 class Restore:
     """One restore, from start to report. `run` blocks; `cancel` and `report` are for other threads."""
 
@@ -58,23 +43,27 @@ class Restore:
         key_of: Callable[[int], ExpertKey],
         progress: Progress | None = None,
         settle: Callable[[], None] = lambda: None,
-        fence: Callable[[], None] = lambda: None,
+        reasons: Mapping[int, str] | None = None,
+        fence: Callable[[], None] | None = None,
     ) -> None:
         """`tiers` are the sources, nearest first; `offers` says which of them have which row, and where.
 
-        `settle` is called once all is published that could be had, before the report says that it is over. `fence`
-        sees to it that no transfer that was given up on can write any more: blocks that one might write to are looked
-        at once more after that, and only then published. Where it raises, they are not.
+        `settle` is called once all is published that could be had, before the report says that it is over. `reasons`
+        is what the report says of a row that could not be had, before what its sources said. `fence` sees to it that no
+        transfer that was given up on can write any more: blocks that one might write to are looked at once more after
+        that, and only then published. Where it raises, they are not. Without a fence it is taken that what comes late
+        has come.
         """
         wants = list(wants)
-        self._sources: dict[Hashable, Source] = {source.name: source for tier in tiers for source in tier}
+        self._sources: dict[Hashable, Source] = {source: source for tier in tiers for source in tier}
         parties: dict[Hashable, Party] = {
-            source.name: Party(source.name, number, source.lanes, source.limits)
+            source: Party(source.name, number, source.lanes, source.limits)
             for number, tier in enumerate(tiers)
             for source in tier
         }
         self._totals = len(wants), sum(want.nbytes for want in wants)
-        self._ledger = Ledger(wants, offers, parties)
+        self._ledger = Ledger(wants, offers, parties, reasons)
+        self._presumed: list[Batch] = []
         self._destination = destination
         self._key_of = key_of
         self._settle = settle
@@ -92,6 +81,11 @@ class Restore:
 
     def report(self) -> Report:
         return self.progress.report()
+
+    @property
+    def outstanding(self) -> tuple[Batch, ...]:
+        """Transfers that were given up on: nobody knows whether they have ended."""
+        return (*self._ledger.outstanding, *self._presumed)
 
     def run(self) -> Report:
         """Bring every block that can be had. Never raises for what a source does; the report says what is missing."""
@@ -148,15 +142,21 @@ class Restore:
                     return
                 if not is_quiet:
                     self._changed.wait(self._wait_s)
-            self._end_outstanding() if is_quiet else self._tell(lambda: None)
+            if is_quiet:
+                self._end_outstanding()
+            else:
+                self._tell(lambda: None)  # a doubted source may be asked again by now
 
     def _end_outstanding(self) -> None:
-        """Have every transfer that was given up on end: nothing of ours is under way any more."""
-        self._fence()
+        """Nothing of ours is under way any more but what was given up on: have that end, too."""
+        if self._fence is not None:
+            self._fence()
         self._tell(self._all_ended)
 
     def _all_ended(self) -> None:
         for batch in self._ledger.outstanding:
+            if self._fence is None:
+                self._presumed.append(batch)
             self._ledger.ended(batch)
 
     def _tell(self, what: Callable[[], None]) -> None:
@@ -186,10 +186,7 @@ class Restore:
     def _move(self, batch: Batch) -> None:
         source = self._sources[batch.source]
         try:
-            if source.writes:
-                for want in batch.wants:
-                    self._destination.begin(want)
-            checksums = source.fetch(batch)
+            checksums = source.fetch(batch, self._destination)
         except Exception as error:  # whatever it is, this source did not serve, and others may
             if not isinstance(error, HotspareError):
                 _log.exception("%s failed in an unforeseen way", source.name)
@@ -201,9 +198,6 @@ class Restore:
     def _verify(self, block: Arrived) -> None:
         try:
             checksum = self._destination.checksum(block.want)
-            is_right = block.want.checksum in (None, checksum)
-            if not is_right and not self._sources[block.source].writes:
-                self._destination.begin(block.want)
         except Exception as error:  # whatever it is, this block is not good, and the others go on
             self._tell(partial(self._ledger.refused, block.want.row, told(error)))
         else:

@@ -1,34 +1,34 @@
 """Where a block's bytes can come from, nearest first: this host's memory, a peer's memory, the checkpoint on disk.
 
-A source puts the bytes of a batch at the batch's addresses, and says nothing of whether they are right: the restore
-takes the checksum at the destination. Only the disk has none to compare with, so it takes one as the bytes pass.
+One class a kind of place. A source brings the blocks of a batch to the places that the destination gives them, and says
+nothing of whether they are right. It is an object with a name for people: two sources may have the same name.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
-import xxhash
-
-from shm.block import TENSOR_ALIGNMENT, TensorSpec
+from shm.block import HeldBlock
 from shm.manifest import Manifest
 from transfer.checkpoint import Checkpoint
-from transfer.engine import TransferEngine
-from transfer.errors import CheckpointError
-from transfer.memory import address_of, gather, populate, scatter
-from transfer.plan import Batch, Limits, split
+from transfer.checkpoint.reader import BlockReader, position_on_disk
+from transfer.destination import Destination, Resident
+from transfer.engine import Copy, TransferEngine
+from transfer.memory import populate, view
+from transfer.plan import Batch, Limits, coalesce, sliced, split
 
-READ_CHUNK_NBYTES = 1 << 20  # read, then checksummed while it is still in the core's cache
-DISK_BATCH_NBYTES = 64 << 20
+LOCAL_LANES_MAX = 16
+LOCAL_BATCH_NBYTES_MIN = 8 << 20
+LOCAL_BATCH_NBYTES_MAX = 256 << 20
+BATCHES_PER_LANE = 4  # so that no lane is left with much more to do than the others
+PEER_LANES_MAX = 6  # 16 cores: 16 GB/s over loopback, 15 with 2 or 3
 DISK_LANES_MAX = 16
-LOCAL_LANES_MAX = 8
-PEER_LANES = 2  # one batch on the wire while the next one is being asked for
+DISK_BATCH_NBYTES = 64 << 20
 
 
 class SourceKind(StrEnum):
@@ -40,6 +40,7 @@ class SourceKind(StrEnum):
 class Source(Protocol):
     """One place that has blocks. `fetch` is called by up to `lanes` threads at a time."""
 
+    def __hash__(self) -> int: ...
     @property
     def name(self) -> str: ...
     @property
@@ -48,13 +49,11 @@ class Source(Protocol):
     def lanes(self) -> int: ...
     @property
     def limits(self) -> Limits: ...
-    @property
-    def writes(self) -> bool: ...
 
-    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
-        """Put the batch's bytes in place; the checksums it took on the way, by row (none for memory sources).
+    def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
+        """Bring the batch; the checksums of blocks that were taken meanwhile, by row.
 
-        Raises a HotspareError; then any of the destinations may be half-written.
+        Raises a HotspareError; then any of the blocks may be half-written.
         """
         ...
 
@@ -63,180 +62,152 @@ class Source(Protocol):
         ...
 
 
-class InPlace:
-    """Blocks that are where they belong already: nothing is moved, they are only verified."""
+# -- this host's memory --------------------------------------------------------------------------------------------
+
+
+class HeldMemory(Protocol):
+    """Published blocks in this process's memory: a `shm.segment.Segment`, a `shm.attachment.Attachment`."""
+
+    def held(self, rows: Iterable[int]) -> Mapping[int, HeldBlock]: ...
+
+
+class HostMemory:
+    """A segment of this host. Its owner may withdraw a block at any time, so that is asked before and after."""
 
     kind = SourceKind.LOCAL
-    limits = Limits()
-    writes = False
 
-    def __init__(self, name: str = "in place") -> None:
+    def __init__(
+        self,
+        name: str,
+        memory: HeldMemory,
+        *,
+        lanes: int = LOCAL_LANES_MAX,
+        limits: Limits = Limits(),  # noqa: B008 - it is frozen
+        kept_by: tuple[memoryview, ...] = (),
+    ) -> None:
+        """`kept_by` are views that keep the memory mapped, where having `memory` does not."""
         self.name = name
-        self.lanes = 1
+        self.lanes = lanes
+        self.limits = limits
+        self._memory = memory
+        self._kept_by = kept_by
 
-    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
-        return {}
+    def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
+        held = self._memory.held(want.row for want in batch.wants)
+        here = [Resident(want, *held[want.row], self._kept_by) for want in batch.wants if want.row in held]
+        taken = destination.take(here)
+        still = self._memory.held(taken)
+        return {row: checksum for row, checksum in taken.items() if row in still}
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing is open: the memory is not ours."""
 
 
-class LocalSource:
-    """Blocks in memory that this process can read: an attached segment of this host."""
-
-    kind = SourceKind.LOCAL
-    limits = Limits()
-    writes = True
-
-    def __init__(self, name: str = "local") -> None:
-        self.name = name
-        self.lanes = max(1, min(LOCAL_LANES_MAX, os.cpu_count() or 1))
-
-    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
-        for copy in batch.copies:
-            ctypes.memmove(copy.destination, copy.source, copy.nbytes)
-        return {}
-
-    def close(self) -> None:
-        """Nothing is open."""
+def local_limits(total_nbytes: int, lanes: int) -> Limits:
+    """Batches for so many bytes in all: large ones, but several for each lane."""
+    share = total_nbytes // (lanes * BATCHES_PER_LANE)
+    return Limits(nbytes=max(LOCAL_BATCH_NBYTES_MIN, min(LOCAL_BATCH_NBYTES_MAX, share)))
 
 
-class PeerSource:
-    """A peer's memory, through the transfer engine. The destinations are registered with `engine`."""
+# -- a peer's memory -----------------------------------------------------------------------------------------------
+
+Move = Callable[[Batch, Destination], Mapping[int, bytes]]
+"""A way to have a peer's blocks at the destination: reading them (`reading`), or asking the peer to write them."""
+
+
+class PeerMemory:
+    """A peer's memory."""
 
     kind = SourceKind.PEER
-    limits = Limits()
-    lanes = PEER_LANES
-    writes = True
 
-    def __init__(self, name: str, session_id: str, engine: TransferEngine) -> None:
+    def __init__(
+        self,
+        name: str,
+        move: Move,
+        *,
+        lanes: int | None = None,
+        limits: Limits = Limits(),  # noqa: B008
+    ) -> None:
         self.name = name
-        self.session_id = session_id
-        self._engine = engine
+        self.lanes = lanes or max(2, min(PEER_LANES_MAX, (os.cpu_count() or 2) // 2))
+        self.limits = limits
+        self._move = move
 
-    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
-        for call in split(batch.copies, self.limits):
-            for copy in call:
-                populate(copy.destination, copy.nbytes)
-            self._engine.read(self.session_id, call)
-        return {}
+    def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
+        return self._move(batch, destination)
 
     def close(self) -> None:
-        """Nothing is open: the engine is not ours."""
+        """Nothing is open: the engine, or the client, is not ours."""
 
 
-class Run:
-    """Tensors of a block that lie one behind the other in one file, as they do in the block. Offsets in bytes."""
-
-    __slots__ = ("file", "file_offset", "nbytes", "offset")
-
-    def __init__(self, tensor: TensorSpec) -> None:
-        self.file, self.file_offset = tensor.file, tensor.file_offset
-        self.offset, self.nbytes = tensor.offset, tensor.nbytes
-
-    def take(self, tensor: TensorSpec) -> bool:
-        """Grow by a tensor that follows at once on both sides."""
-        follows = (
-            tensor.file == self.file
-            and tensor.file_offset == self.file_offset + self.nbytes
-            and tensor.offset == self.offset + self.nbytes
-        )
-        if follows:
-            self.nbytes += tensor.nbytes
-        return follows
+def reading(engine: TransferEngine, session_id: str) -> Move:
+    """Read blocks out of a peer's memory, through the transfer engine."""
+    return partial(_read, engine, session_id)
 
 
-def runs_of(tensors: tuple[TensorSpec, ...]) -> list[Run]:
-    """The file ranges of a block, as few as can be, in order of offset in the block."""
-    runs: list[Run] = []
-    for tensor in tensors:
-        if not runs or not runs[-1].take(tensor):
-            runs.append(Run(tensor))
-    return runs
+def _read(engine: TransferEngine, session_id: str, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
+    address = {want.row: at for want, at in zip(batch.wants, batch.addresses, strict=True)}
+    checksums: dict[int, bytes] = {}
+    for landing in destination.landings(batch.wants, in_one_run=False):
+        with landing as landed:
+            copies = [
+                Copy(piece.destination, address[row] + piece.offset, piece.nbytes)
+                for row, pieces in landed.pieces.items()
+                for piece in pieces
+            ]
+            for call in split(sliced(coalesce(copies)), Limits()):
+                for copy in call:
+                    populate(copy.destination, copy.nbytes)
+                engine.read(session_id, call)
+            checksums |= landed.settle({})
+    return checksums
 
 
-def position_on_disk(manifest: Manifest, row: int) -> int:
-    """A number that puts blocks in the order in which they lie in the checkpoint's files."""
-    first = int(manifest.rows["first_range"][row])
-    file, offset = manifest.ranges[first][["file", "offset"]].tolist()
-    return int(file) << 48 | int(offset)
+# -- the disk ------------------------------------------------------------------------------------------------------
 
 
-class DiskSource:
-    """The checkpoint's files, read straight to where the blocks belong: no second copy at any time."""
+class Disk:
+    """A checkpoint's files. They are opened when first needed: most restores never do."""
 
     kind = SourceKind.DISK
-    limits = Limits(nbytes=DISK_BATCH_NBYTES)
-    writes = True
 
-    def __init__(self, checkpoint: Checkpoint, name: str = "disk") -> None:
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Callable[[], Checkpoint],
+        *,
+        lanes: int | None = None,
+        limits: Limits = Limits(nbytes=DISK_BATCH_NBYTES),  # noqa: B008
+    ) -> None:
+        """`checkpoint` raises CheckpointError where there is none to be had."""
         self.name = name
-        self.lanes = max(2, min(DISK_LANES_MAX, os.cpu_count() or 1))
+        self.lanes = lanes or max(2, min(DISK_LANES_MAX, os.cpu_count() or 1))
+        self.limits = limits
         self._checkpoint = checkpoint
-        self._descriptors: dict[int, int] = {}
+        self._reader: BlockReader | None = None
         self._lock = threading.Lock()
 
-    def position(self, row: int) -> int:
-        """See `position_on_disk`."""
-        return position_on_disk(self._checkpoint.manifest, row)
-
-    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
-        checksums = {}
-        for want in batch.wants:
-            whole = gather(want.pieces)
-            into = memoryview(bytearray(want.nbytes)) if whole is None else whole
-            checksums[want.row] = self.read_block(want.row, into)
-            if whole is None:
-                scatter(into, want.pieces)
+    def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
+        reader = self._opened()
+        checksums: dict[int, bytes] = {}
+        for landing in destination.landings(batch.wants, in_one_run=True):
+            with landing as landed:
+                runs = {row: view(piece.destination, piece.nbytes) for row, (piece,) in landed.pieces.items()}
+                checksums |= landed.settle({row: reader.read_block(row, run) for row, run in runs.items()})
         return checksums
 
-    def read_block(self, row: int, into: memoryview) -> bytes:
-        """Read a block's tensors into `into` and return its checksum. Raises CheckpointError."""
-        digest = xxhash.xxh3_128()
-        end = 0
-        for run in runs_of(self._checkpoint.manifest.block(row).tensors):
-            if run.offset > end:
-                assert run.offset - end < TENSOR_ALIGNMENT
-                into[end : run.offset] = bytes(run.offset - end)  # alignment is zeros, whatever was there before
-                digest.update(into[end : run.offset])
-            self._read_run(run, into, digest)
-            end = run.offset + run.nbytes
-        return digest.digest()
-
-    def _read_run(self, run: Run, into: memoryview, digest: xxhash.xxh3_128) -> None:
-        descriptor = self._descriptor(run.file)
-        done = 0
-        while done < run.nbytes:
-            size = min(READ_CHUNK_NBYTES, run.nbytes - done)
-            chunk = into[run.offset + done : run.offset + done + size]
-            populate(address_of(chunk), chunk.nbytes)
-            try:
-                got = os.preadv(descriptor, [chunk], run.file_offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self._checkpoint.path(run.file)} cannot be read: {error}") from error
-            if got == 0:
-                raise CheckpointError(
-                    f"{self._checkpoint.path(run.file)} ends before byte {run.file_offset + run.nbytes:,}: was it cut "
-                    "short after its header was read? Download it again"
-                )
-            digest.update(chunk[:got])
-            done += got
-
-    def _descriptor(self, file: int) -> int:
+    def _opened(self) -> BlockReader:
         with self._lock:
-            if file not in self._descriptors:
-                path = self._checkpoint.path(file)
-                try:
-                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{path} cannot be opened: {error}") from error
-                self._descriptors[file] = descriptor
-                with suppress(OSError):  # only advice: some file systems refuse it
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            return self._descriptors[file]
+            if self._reader is None:
+                self._reader = BlockReader(self._checkpoint())
+            return self._reader
 
     def close(self) -> None:
         """Close the files."""
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        if self._reader is not None:
+            self._reader.close()
+
+
+def on_disk(manifest: Manifest, rows: Iterable[int]) -> dict[int, tuple[int, None]]:
+    """What a checkpoint has of these rows, in terms of `transfer.offers`: a place to sort by, and no checksum."""
+    return {row: (position_on_disk(manifest, row), None) for row in rows}

@@ -59,7 +59,17 @@ class Context:
         store = RestoreStore(node, client, consumers)
         caretaker = Caretaker(node, prober, store.start_local)
         scrubber = Scrubber(node, store.mend)
-        return cls(node, cluster, prober, store, caretaker, scrubber, client, consumers, PushDesk(node, store.mend))
+        return cls(
+            node,
+            cluster,
+            prober,
+            store,
+            caretaker,
+            scrubber,
+            client,
+            consumers,
+            PushDesk(node, client, consumers, store.mend),
+        )
 
     @property
     def loops(self) -> tuple[Loop, ...]:

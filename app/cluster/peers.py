@@ -13,11 +13,10 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from app.errors import PeerFailed
-from shm.block import DENSE
-from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import ManifestError
 from shm.manifest import Manifest
 from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, quoted
+from transfer.shard_map import read_shard_map
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -45,12 +44,19 @@ class PeerClient(NodeHttp):
     def blocks(self, url: str, node_id: str, manifest: Manifest) -> PeerBlocks:
         """What the peer has published, from its shard map. Raises ManifestError if it is of another manifest."""
         document = self.document(f"{url}/v1/shard-map", params={"scope": "node"}, timeout=DOCUMENT_TIMEOUT_S)
-        if document.get("manifest_digest") != manifest.digest:
-            raise ManifestError(f"{node_id} has manifest {document.get('manifest_digest')}, we have {manifest.digest}")
         try:
-            return self._blocks(document, node_id, manifest)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ManifestError(f"{url}: not a shard map: {error!r}") from error
+            mapped = read_shard_map(document, manifest)
+            revision = str(document["revision"])
+        except (KeyError, ManifestError) as error:
+            raise ManifestError(f"the shard map of {node_id} at {url} is of no use: {error}") from error
+        own = [
+            (row, block.checksum, replica)
+            for row, block in mapped.items()
+            for replica in block.replicas
+            if replica.node_id == node_id
+        ]
+        session_id = own[-1][2].session_id if own else ""
+        return PeerBlocks(session_id, revision, {row: (replica.address, said) for row, said, replica in own})
 
     def has_consumer(self, url: str, consumer_id: str) -> bool:
         """Whether the peer answers, and that consumer is registered with it."""
@@ -59,19 +65,6 @@ class PeerClient(NodeHttp):
         except (NodeUnreachable, NodeRefused):
             return False
         return True
-
-    @staticmethod
-    def _blocks(document: Mapping[str, Any], node_id: str, manifest: Manifest) -> PeerBlocks:
-        blocks: dict[int, tuple[int, bytes]] = {}
-        session_id = ""
-        for entry in (*document["experts"], *document.get("dense", ())):
-            for replica in entry["replicas"]:
-                if replica["node_id"] == node_id:
-                    layer = DENSE if entry["layer"] is None else entry["layer"]
-                    row = manifest.index(layer, entry.get("expert", DENSE))
-                    blocks[row] = (int(replica["address"]), _checksum(entry["checksum"]))
-                    session_id = str(replica["session_id"])
-        return PeerBlocks(session_id, str(document["revision"]), blocks)
 
 
 def parsed(model: type[Model], answer: httpx.Response) -> Model:
@@ -84,10 +77,3 @@ def parsed(model: type[Model], answer: httpx.Response) -> Model:
         raise PeerFailed(
             f"{answer.url} does not answer like a Hotspare node ({where}: {first['msg']}): is it of another version?"
         ) from None
-
-
-def _checksum(digits: str) -> bytes:
-    checksum = bytes.fromhex(digits)
-    if len(checksum) != CHECKSUM_NBYTES:
-        raise ValueError(f"{digits!r} is no checksum")
-    return checksum

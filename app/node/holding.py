@@ -7,7 +7,7 @@ A holding that was replaced stays readable for as long as somebody has it: its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from app.cluster.placement import Int64s, Placement
 from app.node.proofs import Proofs
-from shm.block import ExpertKey
+from shm.block import ExpertKey, HeldBlock
 from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import InvalidInput
 from shm.layout import SegmentState
@@ -70,21 +70,19 @@ class Holding:
         """Whether the block was published here once: then its checksum is on record."""
         return self.segment.checksum(row) != UNKNOWN_CHECKSUM
 
-    @property
-    def address_told(self) -> Callable[[int], int]:
-        """Manifest row → where peers find the block: in the view of our memory that is open to the engine."""
+    def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
+        """Of these rows those that are published, where they lie in the memory that is open to the transfer engine."""
         is_view = set(self.registered) <= set(self.segment.served_ranges())
-        return self.segment.served_address if is_view else self.segment.address
+        return self.segment.served(rows) if is_view else self.segment.held(rows)
 
     def replicas(self, session_id: str) -> dict[int, tuple[str, dict[str, Any]]]:
         """What is published here, as the shard map has it: row → (checksum in hex, where it is)."""
-        address = self.address_told
         return {
             row: (
-                self.segment.checksum(row).hex(),
-                {"node_id": self.node_id, "session_id": session_id, "address": address(row)},
+                block.checksum.hex(),
+                {"node_id": self.node_id, "session_id": session_id, "address": block.address},
             )
-            for row in self.published().tolist()
+            for row, block in self.held(self.published().tolist()).items()
         }
 
     def checks(self) -> dict[str, bool]:

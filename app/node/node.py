@@ -23,12 +23,13 @@ from functools import partial
 import numpy as np
 
 from app.cluster.cluster import Cluster
+from app.cluster.peers import PeerBlocks
 from app.cluster.placement import Int64s, Placement
 from app.cluster.prober import Prober
 from app.node.adoption import OwnCheckpoint
 from app.node.destination import SegmentDestination
 from app.node.holding import NOTHING, Holding
-from app.node.offering import offer
+from app.node.offering import DISK, offer
 from app.node.proofs import Proofs
 from app.settings import Settings
 from shm.block import ExpertKey
@@ -39,13 +40,14 @@ from shm.segment import Segment
 from transfer.checkpoint.content import DIGEST_NBYTES, PinnedCheckpoint
 from transfer.engine import DisposableEngine, TransferEngine
 from transfer.errors import CheckpointError, NothingToRestore
-from transfer.plan import Piece, Want
+from transfer.plan import Want
 from transfer.progress import Progress
 from transfer.restore import Restore
-from transfer.sources import SourceKind
+from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind, reading
 
 UNKNOWN_ORIGIN = bytes(DIGEST_NBYTES)  # of content that came from peers
 
+IN_PLACE = "in place"
 RDMA = "rdma"
 
 _log = logging.getLogger("hotspare.node")
@@ -79,6 +81,8 @@ class Node:
         self._start_engine = start_engine
         self._reader = DisposableEngine(start_engine)
         """Reads from peers. Thrown away after a transfer that was given up on, and by `close`."""
+        self.writer = DisposableEngine(start_engine)
+        """Writes into consumers' memory. Thrown away after a write that was given up on."""
         self._segment: Segment | None = None
         self.is_restoring = False
         """Whether a restore into the segment is under way."""
@@ -157,8 +161,9 @@ class Node:
         new = [each for each in ranges if each not in before]
         if self.engine is not None:
             self.engine.register(new)
-        if is_rdma:  # where bytes are read to must be registered there, too
+        if is_rdma:  # what is read into, or written from, must be registered there, too
             self._reader.register(new)
+            self.writer.register(new)
         return tuple(ranges)
 
     def start_over(self, pinned: PinnedCheckpoint) -> None:
@@ -175,6 +180,7 @@ class Node:
             self.engine.unregister(holding.registered)
         if self.settings.transport == RDMA:
             self._reader.unregister(holding.registered)
+            self.writer.unregister(holding.registered)
 
     # -- what is so ------------------------------------------------------------------------------------------
 
@@ -250,13 +256,30 @@ class Node:
         self._reader.fence()  # what an earlier restore could not end must not write into this one's blocks
         holding = self._held()
         rows = holding.rows_of(experts).tolist()
-        disk = holding.disk if SourceKind.DISK in kinds else None
-        tiers, offers, expected = offer(holding, rows, self.cluster, self._reader, disk, kinds)
-        wants = [_want(holding, row, expected.get(row)) for row in rows]
-        destination = SegmentDestination(holding)
-        keys = holding.manifest.keys
-        settle = partial(self._settle, holding)
-        return Restore(wants, offers, tiers, destination, keys.__getitem__, progress, settle, self._reader.fence)
+        pinned = holding.disk if SourceKind.DISK in kinds else None
+        tiers, offered = offer(
+            holding,
+            rows,
+            self.cluster,
+            HostMemory(IN_PLACE, holding.segment, lanes=1),
+            self._reach if SourceKind.PEER in kinds else None,
+            None if pinned is None else Disk(DISK, lambda: pinned.checkpoint),
+        )
+        nbytes, keys = holding.manifest.nbytes, holding.manifest.keys
+        return Restore(
+            [Want(row, int(nbytes[row]), offered.expected.get(row)) for row in rows],
+            offered.by_row,
+            tiers,
+            SegmentDestination(holding),
+            keys.__getitem__,
+            progress,
+            partial(self._settle, holding),
+            offered.reasons,
+            self._reader.fence,
+        )
+
+    def _reach(self, node_id: str, held: PeerBlocks) -> PeerMemory:
+        return PeerMemory(node_id, reading(self._reader, held.session_id))
 
     def _look_at_disk(self, holding: Holding) -> None:
         """Take the checkpoint for a source as long as it has the content that we hold.
@@ -308,6 +331,7 @@ class Node:
             return
         try:
             self._reader.fence()
+            self.writer.fence()
             if holding is not None:
                 self._withdraw(holding)
         except Exception:  # what it will not give back must not keep the segment owned
@@ -316,8 +340,3 @@ class Node:
             segment.close()
         else:
             segment.unlink()
-
-
-def _want(holding: Holding, row: int, expected: bytes | None) -> Want:
-    nbytes = int(holding.manifest.nbytes[row])
-    return Want(row, nbytes, (Piece(holding.segment.address(row), 0, nbytes),), expected)

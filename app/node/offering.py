@@ -1,78 +1,52 @@
-"""Who has the blocks that this node wants, nearest first, and the checksum that each must have."""
+"""Who has the blocks that this node restores, nearest first: the same for its own segment and for its consumers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from app.cluster.cluster import Cluster
 from app.cluster.membership import PeerState
-from app.node.holding import UNKNOWN_CHECKSUM, Holding
-from shm.layout import BlockState
-from transfer.checkpoint.content import PinnedCheckpoint
-from transfer.engine import TransferEngine
-from transfer.plan import Offer
-from transfer.sources import DiskSource, InPlace, PeerSource, Source, SourceKind
+from app.cluster.peers import PeerBlocks
+from app.node.holding import Holding
+from transfer.offers import Holder, Offers, offers
+from transfer.sources import Disk, HostMemory, PeerMemory, Source, on_disk
 
-IN_PLACE = "in place"
 DISK = "disk"
 
 _log = logging.getLogger("hotspare.node")
 
-Offered = tuple[list[list[Source]], dict[int, list[Offer]], dict[int, bytes]]
+Reach = Callable[[str, PeerBlocks], PeerMemory]
+"""Node id and what it has → how its memory is reached."""
 
 
 def offer(
     holding: Holding,
     rows: Sequence[int],
     cluster: Cluster,
-    engine: TransferEngine,
-    disk: PinnedCheckpoint | None,
-    kinds: Collection[SourceKind],
-) -> Offered:
-    """Who has what, and the checksum that each row must have.
+    own: HostMemory,
+    reach: Reach | None,
+    disk: Disk | None,
+) -> tuple[list[list[Source]], Offers]:
+    """The sources in tiers, and what each has.
 
-    In place, then peers, then disk; last, peers that did not answer just now: the engine would wait for them, up to
-    a minute, and move nothing else meanwhile.
+    Our own memory, then peers, then the disk; last, peers that did not answer just now: whoever asks those waits, up to
+    a minute, and moves nothing else meanwhile. Without `reach` no peer is asked.
     """
-    segment = holding.segment
-    published = set(segment.rows(BlockState.PUBLISHED).tolist())
-    expected = {row: c for row in rows if (c := segment.checksum(row)) != UNKNOWN_CHECKSUM}
-    offers = {row: [Offer(IN_PLACE, segment.address(row))] if row in published else [] for row in rows}
-    tiers: list[list[Source]] = [[InPlace(IN_PLACE)]]
-    peers: list[Source] = []
-    if SourceKind.PEER in kinds:
-        peers = _offer_peers(holding, rows, cluster, engine, offers, expected)
-        alive = {peer.node_id for peer in cluster.peers() if peer.state is PeerState.ALIVE}
-        tiers.append([source for source in peers if source.name in alive])
-        peers = [source for source in peers if source.name not in alive]
+    alive = {peer.node_id for peer in cluster.peers() if peer.state is PeerState.ALIVE}
+    holdings = cluster.holdings() if reach is not None else {}
+    peers = {node: reach(node, held) for node, held in holdings.items() if reach is not None}
+    holders = [Holder(own, holding.segment.held(rows))]
+    holders += [Holder(peers[node], held.blocks) for node, held in holdings.items()]
+    tiers: list[list[Source]] = [[own], [source for node, source in peers.items() if node in alive]]
     if disk is not None:
-        source = DiskSource(disk.checkpoint, DISK)
-        tiers.append([source])
-        for row in rows:
-            offers[row].append(Offer(DISK, source.position(row)))
-    tiers.append(peers)
-    return tiers, offers, expected
-
-
-def _offer_peers(
-    holding: Holding,
-    rows: Sequence[int],
-    cluster: Cluster,
-    engine: TransferEngine,
-    offers: dict[int, list[Offer]],
-    expected: dict[int, bytes],
-) -> list[Source]:
-    holdings = cluster.holdings()
-    for row in rows:
-        held = [(node, block) for node, peer in holdings.items() if (block := peer.blocks.get(row)) is not None]
-        if row not in expected:
-            said = {block[1] for _, block in held}
-            if len(said) != 1:
-                if said:
-                    key = holding.manifest.keys[row]
-                    _log.error("replicas of %s disagree: %s", key, ", ".join(node for node, _ in held))
-                continue
-            expected[row] = said.pop()
-        offers[row].extend(Offer(node, block[0]) for node, block in held if block[1] == expected[row])
-    return [PeerSource(node, peer.session_id, engine) for node, peer in holdings.items()]
+        holders.append(Holder(disk, on_disk(holding.manifest, rows)))
+        tiers.append([disk])
+    tiers.append([source for node, source in peers.items() if node not in alive])
+    expected = {row: holding.segment.checksum(row) for row in rows if holding.is_recorded(row)}
+    offered = offers(rows, holders, expected)
+    for name, count in offered.left_aside.items():
+        _log.warning(
+            "%d blocks of %s are left aside: replicas disagree on them, or differ from our record", count, name
+        )
+    return tiers, offered

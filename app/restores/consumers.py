@@ -2,12 +2,14 @@
 
     put ──▶ CURRENT ──▶ expired, removed, or replaced by another put: over
 
-A push holds its consumer, and only a current one can be held. Taking a registration back waits for the pushes under
-way, so that an engine may use its memory for something else once DELETE, or the next PUT, has answered.
+A push holds its consumer, and only a current one can be held. A peer that pushes has a lease besides, which outlives
+the answer that we wait for (`app.restores.lease`). Taking a registration back waits for the pushes under way and for
+the leases, so that an engine may use its memory for something else once DELETE, or the next PUT, has answered.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from app.errors import Conflict, LimitReached, NotFound, Unavailable
+from app.restores.lease import LEASE_S, Grants, boot_time
 from transfer.push.table import PushTable
 
 CONSUMERS_MAX = 128  # a node has some 8 GPUs, and a rank of each at a time
-QUIET_WAIT_S = 30.0  # for pushes under way; a consumer that stopped answering holds one for 10
+QUIET_WAIT_S = 30.0  # for pushes under way and leases; a consumer that stopped answering holds a push for 10
 RETRY_AFTER_S = 5
 
 
@@ -27,6 +30,8 @@ class Consumer:
     """One registration. `error` says why its memory last could not be written; None if it could, or was not tried."""
 
     id: str
+    epoch: int
+    """Another one for each registration: it rises, also from one life of the node to the next."""
     table: PushTable
     manifest_digest: str
     ttl_s: float
@@ -34,14 +39,16 @@ class Consumer:
     registered_at: float = field(default_factory=time.time)
     error: str | None = None
     pushes: int = 0
+    grants: Grants = field(default_factory=Grants)
     is_over: bool = False
 
 
 class ConsumerStore:
     """Every registration that has not expired. Thread-safe. `clock` counts seconds, from anywhere."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = boot_time) -> None:
         self._clock = clock
+        self._epochs = itertools.count(time.time_ns())
         self._consumers: dict[str, Consumer] = {}
         self._changed = threading.Condition()
 
@@ -50,7 +57,8 @@ class ConsumerStore:
 
         Raises LimitReached, or Unavailable while the earlier one is being written to.
         """
-        consumer = Consumer(consumer_id, table, manifest_digest, ttl_s, self._clock() + ttl_s)
+        epoch = next(self._epochs)
+        consumer = Consumer(consumer_id, epoch, table, manifest_digest, ttl_s, self._clock() + ttl_s)
         with self._changed:
             self._forget_expired()
             if is_new := consumer_id not in self._consumers:
@@ -121,16 +129,45 @@ class ConsumerStore:
                 consumer.pushes -= 1
                 self._changed.notify_all()
 
+    def lease(self, consumer_id: str, epoch: int, push_id: str) -> float:
+        """Let a push of a peer's write to it: for how many seconds from now. Asked again, for as many more.
+
+        Raises NotFound where it is not registered, Conflict where it was registered anew, or is being taken back.
+        """
+        with self._changed:
+            consumer = self.get(consumer_id)
+            if consumer.epoch != epoch:
+                raise Conflict(
+                    f"consumer {consumer_id!r} was registered anew since: nothing is written for the old one"
+                )
+            seconds = min(LEASE_S, self.seconds_left(consumer))
+            consumer.grants.give(push_id, seconds, self._clock())
+            return seconds
+
+    def end_lease(self, consumer: Consumer, push_id: str) -> None:
+        """A peer's push has said that it ended."""
+        with self._changed:
+            consumer.grants.end(push_id)
+            self._changed.notify_all()
+
     def _forget_expired(self) -> None:
         for consumer in list(self._consumers.values()):
-            if self.seconds_left(consumer) <= 0 and not consumer.pushes:
+            if self.seconds_left(consumer) <= 0 and self._is_quiet(consumer):
                 consumer.is_over = True
                 del self._consumers[consumer.id]
 
+    def _is_quiet(self, consumer: Consumer) -> bool:
+        """Whether nobody writes to it any more."""
+        return not consumer.pushes and not consumer.grants.left_s(self._clock())
+
     def _end(self, consumer: Consumer) -> None:
-        """Let no push begin, and wait for those under way."""
+        """Let no push begin, and wait for those under way, and for leases to end or to run out."""
         consumer.is_over = True
-        if not self._changed.wait_for(lambda: consumer.pushes == 0, QUIET_WAIT_S):
+        give_up_at = self._clock() + QUIET_WAIT_S
+        while not self._is_quiet(consumer) and (left_s := give_up_at - self._clock()) > 0:
+            leases_s = consumer.grants.left_s(self._clock())
+            self._changed.wait(min(left_s, leases_s or left_s))
+        if not self._is_quiet(consumer):
             raise Unavailable(
                 f"consumer {consumer.id!r} is still being written to: no new push begins; ask again before its memory "
                 "is used for something else",

@@ -8,47 +8,43 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
 
-from app.cluster.peers import PeerClient, parsed
-from app.documents import PushDocument, PushedExpert, PushRequest, PushTableDocument
+from app.cluster.peers import PeerBlocks, PeerClient, parsed
+from app.documents import LeaseDocument, PushDocument, PushedExpert, PushLease, PushRequest, PushTableDocument
 from app.errors import Conflict, LimitReached, PeerFailed, Unavailable
-from app.node.holding import UNKNOWN_CHECKSUM
+from app.node.holding import Holding
 from app.node.node import Node
-from app.restores.consumers import Consumer
+from app.node.offering import DISK, offer
+from app.restores.consumers import Consumer, ConsumerStore
+from app.restores.lease import HeldLease
 from shm.block import ExpertKey
 from shm.errors import InvalidInput
 from shm.manifest import Manifest
-from shm.segment import Segment
-from transfer.client.http import NodeRefused
+from transfer.checkpoint import Checkpoint
+from transfer.client.http import NodeRefused, quoted
+from transfer.destination import Destination
 from transfer.engine import TransferEngine, session_host
 from transfer.errors import NothingToRestore
-from transfer.plan import Batch, Limits, Offer
+from transfer.plan import Batch, Want
 from transfer.progress import Progress
-from transfer.push.sources import (
-    PUSH_BLOCKS_MAX,
-    PUSH_LANES,
-    PUSH_NBYTES,
-    DiskPush,
-    MemoryPush,
-    PushDestination,
-    PushJob,
-    want_of,
-)
+from transfer.push.destination import PUSH_LANES, PUSH_LIMITS, ConsumerDestination
 from transfer.push.table import FormCopy, PushTable, SlotBases
-from transfer.push.writer import WriteFailed, Writer, push
+from transfer.push.writer import WriteFailed, Writer
 from transfer.restore import Restore
-from transfer.sources import DiskSource, Source, SourceKind
+from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind
 
 PUSHES_MAX = 16  # that this node does for others at a time
 PUSH_TIMEOUT_S = 30.0  # for a peer's answer to one push; it gives its own writes up after 10 or 20
 BUSY_WAIT_S = 0.25
 BUSY_RETRIES_MAX = 40
-DISK = "disk"
 
 Hold = Callable[[], AbstractContextManager[None]]
 Mend = Callable[[Sequence[ExpertKey]], None]
@@ -59,7 +55,7 @@ def build_table(node: Node, document: PushTableDocument) -> PushTable:
 
     Raises InvalidInput, BlockUnavailable, Conflict for a table of another checkpoint, Unavailable without a manifest.
     """
-    manifest = _manifest(node)
+    manifest = _held(node).manifest
     if document.manifest_digest != manifest.digest:
         raise Conflict(
             f"the table is of manifest {document.manifest_digest[:12]}…, this node has {manifest.digest[:12]}…: "
@@ -87,10 +83,10 @@ def is_loopback(session_id: str) -> bool:
         return session_host(session_id) == "localhost"
 
 
-def _manifest(node: Node) -> Manifest:
-    if node.manifest is None:
+def _held(node: Node) -> Holding:
+    if node.holding is None:
         raise Unavailable("this node has no manifest yet", retry_after_s=1)
-    return node.manifest
+    return node.holding
 
 
 def _engine(node: Node) -> TransferEngine:
@@ -105,42 +101,67 @@ def _engine(node: Node) -> TransferEngine:
 class PushDesk:
     """Pushes that other nodes ask of this one. Thread-safe."""
 
-    def __init__(self, node: Node, mend: Mend) -> None:
+    def __init__(self, node: Node, client: PeerClient, consumers: ConsumerStore, mend: Mend) -> None:
         self._node = node
+        self._client = client
+        self._consumers = consumers
         self._mend = mend
         self._places = threading.BoundedSemaphore(PUSHES_MAX)
 
     def serve(self, request: PushRequest) -> PushDocument:
         """Write the blocks that are published here and whole. Raises what `build_table` does, and LimitReached."""
-        table = build_table(self._node, request)
-        manifest = _manifest(self._node)
+        table, holding = build_table(self._node, request), _held(self._node)
+        manifest = holding.manifest
         wanted = {manifest.index(b.layer, b.expert): bytes.fromhex(b.checksum) for b in request.blocks}
         if strangers := [row for row in wanted if row not in table]:
             raise InvalidInput(f"{manifest.keys[strangers[0]]} is asked for, and has no slot in the table")
-        if len(wanted) > 1 and (nbytes := int(manifest.nbytes[list(wanted)].sum())) > PUSH_NBYTES:
-            raise InvalidInput(f"{nbytes:,} bytes in one push: ask for {PUSH_NBYTES:,} at a time, or for one block")
+        wants = tuple(Want(row, int(manifest.nbytes[row]), checksum) for row, checksum in wanted.items())
+        nbytes, most = sum(want.nbytes for want in wants), PUSH_LIMITS.nbytes
+        if len(wants) > 1 and nbytes > most:
+            raise InvalidInput(f"{nbytes:,} bytes in one push: ask for {most:,} at a time, or for one block")
         if not self._places.acquire(blocking=False):
             raise LimitReached(f"{PUSHES_MAX} pushes are under way: ask again", retry_after_s=1)
         try:
-            return self._push(
-                self._node.segment, Writer(_engine(self._node), table, read_back=request.read_back), wanted
-            )
+            lease = HeldLease(partial(self._ask_lease, request.lease))
+            writer = Writer(self._node.writer, table, read_back=request.read_back, allowed_s=lease.allowed_s)
+            answer = self._push(holding, writer, wants)
+            self._node.writer.fence()  # before the answer, which ends the lease: nothing of ours is under way then
+            return answer
         finally:
             self._places.release()
 
-    def _push(self, segment: Segment, writer: Writer, wanted: Mapping[int, bytes]) -> PushDocument:
-        keys = segment.manifest.keys
+    def _ask_lease(self, lease: PushLease) -> float:
+        """Seconds for which the consumer's node lets us write. Raises InvalidInput, NodeUnreachable or NodeRefused."""
+        if lease.node_id == self._node.settings.node_id:
+            return self._consumers.lease(lease.consumer_id, lease.epoch, lease.push_id)
+        url = f"{self._node.cluster.url(lease.node_id)}/v1/consumers/{quoted(lease.consumer_id)}/lease"
+        body = {"epoch": lease.epoch, "push_id": lease.push_id}
+        return parsed(LeaseDocument, self._client.request("POST", url, json=body)).ttl_s
+
+    def _push(self, holding: Holding, writer: Writer, wants: tuple[Want, ...]) -> PushDocument:
+        source, keys = _own_memory(holding), holding.manifest.keys
+        mend = partial(_mend_rows, self._mend, holding.manifest)
+        engine = self._node.writer
+        destination = ConsumerDestination(writer, engine, report_corrupt=mend)
         try:
-            outcome = push(segment, writer, wanted)
+            pushed = source.fetch(Batch(source, wants, (), sum(want.nbytes for want in wants)), destination)
         except WriteFailed as error:
             return PushDocument(pushed=[], failed=[], consumer_error=str(error))
-        if outcome.is_corrupt:
-            self._mend([keys[row] for row in sorted(outcome.is_corrupt)])
         return PushDocument(
-            pushed=[_pushed(keys[row], taken.hex()) for row, taken in outcome.pushed.items()],
-            failed=[_pushed(keys[row], reason) for row, reason in outcome.failed.items()],
+            pushed=[_pushed(keys[row], taken.hex()) for row, taken in pushed.items()],
+            failed=[_pushed(keys[w.row], destination.reason(w.row)) for w in wants if w.row not in pushed],
             consumer_error=None,
         )
+
+
+def _own_memory(holding: Holding) -> HostMemory:
+    """A node's segment as its transfer engine has it registered, kept mapped for as long as this source lives."""
+    kept_by = holding.segment.mappings()
+    return HostMemory(holding.node_id, holding, lanes=PUSH_LANES, limits=PUSH_LIMITS, kept_by=kept_by)
+
+
+def _mend_rows(mend: Mend, manifest: Manifest, rows: Sequence[int]) -> None:
+    mend([manifest.keys[row] for row in sorted(rows)])
 
 
 def _pushed(key: ExpertKey, said: str) -> PushedExpert:
@@ -150,54 +171,51 @@ def _pushed(key: ExpertKey, said: str) -> PushedExpert:
 # -- the side that plans ---------------------------------------------------------------------------------------
 
 
-class PeerPush:
-    """A peer that writes its blocks to the consumer itself."""
+class Asking:
+    """A way to have a peer's blocks at a consumer: the peer is asked, and writes them there itself."""
 
-    kind = SourceKind.PEER
-    limits = Limits(PUSH_BLOCKS_MAX, PUSH_NBYTES)
-    lanes = PUSH_LANES
-    writes = True
-
-    def __init__(
-        self, name: str, url: str, client: PeerClient, manifest: Manifest, job: PushJob, *, read_back: bool
-    ) -> None:
-        self.name = name
+    def __init__(self, url: str, push: ConsumerPush, manifest: Manifest) -> None:
         self._url = f"{url}/v1/pushes"
-        self._client = client
+        self._push = push
         self._manifest = manifest
-        self._job = job
-        self._read_back = read_back
 
-    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
-        body = self._job.writer.table.part([want.row for want in batch.wants]) | {
+    def move(self, consumer: ConsumerDestination, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
+        body = consumer.writer.table.part([want.row for want in batch.wants]) | {
             "manifest_digest": self._manifest.digest,
             "blocks": [
                 {**self._manifest.keys[want.row]._asdict(), "checksum": (want.checksum or b"").hex()}
                 for want in batch.wants
             ],
-            "read_back": self._read_back,
+            "read_back": self._push.read_back,
+            "lease": {
+                "node_id": self._push.node.settings.node_id,
+                "consumer_id": self._push.consumer.id,
+                "epoch": self._push.consumer.epoch,
+                "push_id": (push_id := uuid.uuid4().hex),
+            },
         }
-        with self._job.writing():
-            answer = self._ask(body)
+        with consumer.writing():
+            answer = self._ask(body, push_id)
             if answer.consumer_error is not None:
                 raise WriteFailed(answer.consumer_error)
         pushed = {self._manifest.index(p.layer, p.expert): bytes.fromhex(p.said) for p in answer.pushed}
-        return self._job.settle(pushed, {self._manifest.index(f.layer, f.expert): f.said for f in answer.failed})
+        return consumer.note(pushed, {self._manifest.index(f.layer, f.expert): f.said for f in answer.failed})
 
-    def _ask(self, body: dict[str, Any]) -> PushDocument:
+    def _ask(self, body: dict[str, Any], push_id: str) -> PushDocument:
+        """The lease ends with the peer's answer. Where none comes it runs out: the peer may still be writing."""
         for _ in range(BUSY_RETRIES_MAX):
             try:
-                answer = self._client.request("POST", self._url, json=body, timeout=PUSH_TIMEOUT_S)
+                answer = self._push.client.request("POST", self._url, json=body, timeout=PUSH_TIMEOUT_S)
             except NodeRefused as error:
-                if error.status != 429:
+                if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:  # it did not begin
+                    self._push.end_lease(push_id)
+                if error.status != HTTPStatus.TOO_MANY_REQUESTS:
                     raise
                 time.sleep(BUSY_WAIT_S)
                 continue
+            self._push.end_lease(push_id)
             return parsed(PushDocument, answer)
         raise PeerFailed(f"{self._url} was too busy for {BUSY_WAIT_S * BUSY_RETRIES_MAX:.0f} s")
-
-    def close(self) -> None:
-        """Nothing is open: the client is not ours."""
 
 
 @dataclass(slots=True)
@@ -208,9 +226,10 @@ class ConsumerPush:
     client: PeerClient
     consumer: Consumer
     hold: Hold
+    end_lease: Callable[[str], None]
     mend: Mend
     read_back: bool
-    _job: PushJob | None = None
+    _destination: ConsumerDestination | None = None
 
     def rows_of(self, experts: Iterable[ExpertKey] | None) -> list[int]:
         """Manifest rows of those experts that the consumer has slots for; of all with None.
@@ -218,7 +237,7 @@ class ConsumerPush:
         Raises BlockUnavailable for an expert that the model lacks, NothingToRestore if none has a slot, Conflict if
         the node's manifest has changed since the consumer was registered.
         """
-        manifest, table = _manifest(self.node), self.consumer.table
+        manifest, table = _held(self.node).manifest, self.consumer.table
         if manifest.digest != self.consumer.manifest_digest:
             raise Conflict(f"consumer {self.consumer.id!r} was registered for another checkpoint: register it again")
         if experts is None:
@@ -233,59 +252,53 @@ class ConsumerPush:
     ) -> Restore:
         """A restore of these experts into the consumer's slots, ready to run. Asks the peers what they have now."""
         rows = self.rows_of(experts)
-        manifest, engine = _manifest(self.node), _engine(self.node)
+        holding, engine = _held(self.node), self.node.writer
+        manifest = holding.manifest
         if SourceKind.PEER in kinds:
             self.node.look()
-        writer = Writer(engine, self.consumer.table, read_back=self.read_back)
-        job = self._job = PushJob(writer, hold=self.hold, report_corrupt=self.mend)
-        offers: dict[int, list[Offer]] = {row: [] for row in rows}
-        expected: dict[int, bytes] = {}
-        tiers: list[list[Source]] = [self._offer_own(offers, expected, job)]
-        if SourceKind.PEER in kinds:
-            tiers.append(self._offer_peers(offers, expected, job))
-        if SourceKind.DISK in kinds:
-            tiers.append(self._offer_disk(offers, job))
-        wants = [want_of(row, int(manifest.nbytes[row]), expected.get(row)) for row in rows]
-        return Restore(wants, offers, tiers, PushDestination(job), manifest.keys.__getitem__, progress)
+        destination = self._destination = ConsumerDestination(
+            Writer(engine, self.consumer.table, read_back=self.read_back),
+            engine,
+            hold=self.hold,
+            report_corrupt=partial(_mend_rows, self.mend, manifest),
+        )
+        pinned = holding.disk if SourceKind.DISK in kinds else None
+        tiers, offered = offer(
+            holding,
+            rows,
+            self.node.cluster,
+            _own_memory(holding),
+            partial(self._reach, destination, manifest) if SourceKind.PEER in kinds else None,
+            None if pinned is None else _disk(pinned.checkpoint),
+        )
+        return Restore(
+            [Want(row, int(manifest.nbytes[row]), offered.expected.get(row)) for row in rows],
+            offered.by_row,
+            tiers,
+            destination,
+            manifest.keys.__getitem__,
+            progress,
+            reasons=offered.reasons,
+        )
+
+    def _reach(
+        self, destination: ConsumerDestination, manifest: Manifest, node_id: str, held: PeerBlocks
+    ) -> PeerMemory:
+        asking = Asking(self.node.cluster.url(node_id), self, manifest)
+        return PeerMemory(node_id, partial(asking.move, destination), lanes=PUSH_LANES, limits=PUSH_LIMITS)
 
     def run(self, restore: Restore) -> None:
-        """Run a planned restore to its end, and note on the consumer whether it answered."""
-        restore.run()
-        if self._job is not None and (self._job.health.answered or self._job.health.error):
-            self.consumer.error = self._job.health.error
+        """Run a planned restore to its end, and note on the consumer whether it answered.
 
-    def _offer_own(self, offers: dict[int, list[Offer]], expected: dict[int, bytes], job: PushJob) -> list[Source]:
-        segment = self.node.segment
-        if not segment.is_allocated:
-            return []
-        name = self.node.settings.node_id
-        for row in set(segment.published().tolist()) & set(offers):
-            expected[row] = segment.checksum(row)
-            offers[row].append(Offer(name, segment.address(row)))
-        for row in offers:
-            if row not in expected and (recorded := segment.checksum(row)) != UNKNOWN_CHECKSUM:
-                expected[row] = recorded
-        return [MemoryPush(name, segment, job)]
+        The registration is not taken back before writes that were given up on have ended, too.
+        """
+        with self.hold():
+            restore.run()
+            self.node.writer.fence()
+        health = self._destination.health if self._destination is not None else None
+        if health is not None and (health.answered or health.error):
+            self.consumer.error = health.error
 
-    def _offer_peers(self, offers: dict[int, list[Offer]], expected: dict[int, bytes], job: PushJob) -> list[Source]:
-        holdings = self.node.cluster.holdings()
-        for row, offered in offers.items():
-            held = [(node, block) for node, peer in holdings.items() if (block := peer.blocks.get(row)) is not None]
-            if row not in expected and len(said := {checksum for _, (_, checksum) in held}) == 1:
-                expected[row] = said.pop()
-            offered.extend(Offer(node, address) for node, (address, checksum) in held if checksum == expected.get(row))
-        return [
-            PeerPush(
-                node, self.node.cluster.url(node), self.client, _manifest(self.node), job, read_back=self.read_back
-            )
-            for node in holdings
-        ]
 
-    def _offer_disk(self, offers: dict[int, list[Offer]], job: PushJob) -> list[Source]:
-        holding = self.node.holding
-        if holding is None or holding.disk is None or holding.manifest.digest != self.consumer.manifest_digest:
-            return []
-        source = DiskPush(DISK, DiskSource(holding.disk.checkpoint), _engine(self.node), job)
-        for row, offered in offers.items():
-            offered.append(Offer(DISK, source.position(row)))
-        return [source]
+def _disk(checkpoint: Checkpoint) -> Disk:
+    return Disk(DISK, lambda: checkpoint, lanes=PUSH_LANES, limits=PUSH_LIMITS)

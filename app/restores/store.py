@@ -154,7 +154,8 @@ class RestoreStore:
     ) -> LocalRestore:
         """Queue a restore into a consumer's memory. Raises what is wrong with it, or LimitReached."""
         hold = partial(self._consumers.hold, consumer)
-        push = ConsumerPush(self._node, self._client, consumer, hold, self.mend, read_back)
+        end_lease = partial(self._consumers.end_lease, consumer)
+        push = ConsumerPush(self._node, self._client, consumer, hold, end_lease, self.mend, read_back)
         push.rows_of(experts)
         restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds, push)
         return self._enqueue(self.workers["consumer"], restore)

@@ -2,7 +2,7 @@
 
     python tests/bench/fill_figures.py [--gib 1] [--large-gib 8] [--rounds 5]
 
-Speed. Ours: `Segment.allocate`, then a `Restore` from a `DiskSource`, as a node does it: checksums, publishing and
+Speed. Ours: `Segment.allocate`, then a `Restore` from a `Disk`, as a node does it: checksums, publishing and
 sealing included. The baseline: a new object of the same size, reserved and mapped in the same way, into which as many
 threads read the same file ranges to the same offsets in the same chunks, and do nothing else. Both pay for the first
 touch of every page.
@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import posix_ipc
@@ -29,9 +30,10 @@ from app.node.destination import SegmentDestination
 from shm import posix
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint
-from transfer.plan import Offer, Piece, Want
+from transfer.checkpoint.reader import READ_CHUNK_NBYTES, position_on_disk, runs_of
+from transfer.plan import Offer, Want
 from transfer.restore import Restore
-from transfer.sources import READ_CHUNK_NBYTES, DiskSource, runs_of
+from transfer.sources import Disk, on_disk
 
 SPEED_MIN = 0.8
 PRIVATE_MIB_MAX = 300
@@ -45,13 +47,11 @@ def fill(made: Bench, checkpoint: Checkpoint) -> float:
     try:
         started = time.perf_counter()
         segment.allocate(checkpoint.manifest, rows)
-        disk = DiskSource(checkpoint)
-        wants = [
-            Want(row, n, (Piece(segment.address(row), 0, n),), None)
-            for row, n in enumerate(checkpoint.manifest.nbytes.tolist())
-        ]
-        offers = {row: [Offer(disk.name, disk.position(row))] for row in rows}
-        destination = SegmentDestination(segment, lambda: None)
+        disk = Disk("disk", lambda: checkpoint)
+        wants = [Want(row, n, None) for row, n in enumerate(checkpoint.manifest.nbytes.tolist())]
+        offers = {row: [Offer(disk, at)] for row, (at, _) in on_disk(checkpoint.manifest, rows).items()}
+        holding = made.holding(segment)
+        destination = SegmentDestination(holding)
         report = Restore(wants, offers, [[disk]], destination, checkpoint.manifest.keys.__getitem__).run()
         segment.seal()
         seconds = time.perf_counter() - started
@@ -67,10 +67,9 @@ def bare_ranges(made: Bench, checkpoint: Checkpoint) -> tuple[int, list[tuple[in
     try:
         segment.allocate(checkpoint.manifest, range(len(checkpoint.manifest)))
         start = segment.data_ranges()[0][0] - segment.header.data_offset
-        disk = DiskSource(checkpoint)
         ranges = [
             (run.file, run.file_offset, segment.address(row) - start + run.offset, run.nbytes)
-            for row in sorted(range(len(checkpoint.manifest)), key=disk.position)
+            for row in sorted(range(len(checkpoint.manifest)), key=partial(position_on_disk, checkpoint.manifest))
             for run in runs_of(checkpoint.manifest.block(row).tensors)
         ]
         return segment.nbytes, ranges
@@ -101,7 +100,7 @@ def read_bare(made: Bench, checkpoint: Checkpoint, nbytes: int, ranges: list[tup
                     chunk = view[offset + at : offset + min(size, at + READ_CHUNK_NBYTES)]
                     assert os.preadv(files[file], [chunk], file_offset + at) == len(chunk)
 
-        lanes = DiskSource(checkpoint).lanes
+        lanes = Disk("disk", lambda: checkpoint).lanes
         with ThreadPoolExecutor(lanes) as pool:
             for done in [pool.submit(lane) for _ in range(lanes)]:
                 done.result()

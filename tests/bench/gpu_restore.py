@@ -29,11 +29,12 @@ from workbench import Bench, Daemon, bench
 from shm.attachment import Attachment
 from shm.block import ExpertKey
 from shm.errors import SegmentError
-from transfer import Restorer
-from transfer.client import sources
+from transfer import Restorer, plan, sources
+from transfer.client import ladder
 from transfer.cuda import checksum as device_checksum
 from transfer.cuda import slots as device_slots
-from transfer.engine import Copy, MooncakeEngine, within_pieces
+from transfer.engine import Copy, MooncakeEngine
+from transfer.engine.protocol import within_pieces
 from transfer.slots import Slots, staging
 
 DEVICE = "cuda:0"
@@ -429,9 +430,9 @@ def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> 
     for lanes, item, size in ((4, 8, 96), (6, 16, 96), (6, 8, 48), (8, 8, 48), (6, 4, 48)):
         with (
             constant(sources, "PEER_LANES_MAX", lanes),
-            constant(sources, "ITEM_NBYTES_MAX", item << 20),
+            constant(plan, "ITEM_NBYTES_MAX", item << 20),
             constant(staging, "BUFFER_NBYTES", size << 20),
-            constant(sources, "STRAIGHT_BATCH_NBYTES", size << 20),
+            constant(ladder, "PEER_BATCH_NBYTES", size << 20),
             Restorer(url, model=ELSEWHERE) as restorer,
         ):
             restorer.bind(slots)

@@ -3,7 +3,7 @@
     python tests/bench/peer_restore_figures.py [--gib 1] [--rounds 5]
 
 The peer is a real `hotspare serve` that has filled itself. Ours: `Segment.allocate`, registration, then a `Restore`
-from a `PeerSource` with the checksums that the peer's shard map tells, sealing included. The baseline: a new object of
+from a `PeerMemory` with the checksums that the peer's shard map tells, sealing included. The baseline: a new object of
 the same size, reserved, mapped and registered in the same way, and one loop of Mooncake's `batch_transfer_sync_read`
 over the same bytes, in the same batches, with the same engine in the same process, and no checksum.
 Both pay for the first touch of every page.
@@ -29,10 +29,11 @@ from app.node.destination import SegmentDestination
 from shm import posix
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint
-from transfer.engine import MooncakeEngine, within_pieces
-from transfer.plan import Limits, Offer, Piece, Queue, Want
+from transfer.engine import Copy, MooncakeEngine
+from transfer.engine.protocol import within_pieces
+from transfer.plan import Limits, Offer, Queue, Want, coalesce
 from transfer.restore import Restore
-from transfer.sources import DiskSource, PeerSource, Source
+from transfer.sources import Disk, PeerMemory, Source, on_disk, reading
 
 SPEED_MIN = 0.8
 HOST = "127.0.0.1"
@@ -51,13 +52,10 @@ class Scene:
         self.rows = range(len(self.manifest))
 
     def _wants(self, segment: Segment) -> list[Want]:
-        return [
-            Want(row, n, (Piece(segment.address(row), 0, n),), self._peer.blocks[row][1])
-            for row, n in enumerate(self.manifest.nbytes.tolist())
-        ]
+        return [Want(row, n, self._peer.blocks[row][1]) for row, n in enumerate(self.manifest.nbytes.tolist())]
 
-    def _offers(self) -> dict[int, list[Offer]]:
-        return {row: [Offer(PEER, self._peer.blocks[row][0])] for row in self.rows}
+    def _offers(self, source: Source) -> dict[int, list[Offer]]:
+        return {row: [Offer(source, self._peer.blocks[row][0])] for row in self.rows}
 
     def _restore(self, source: Source, offers: dict[int, list[Offer]]) -> float:
         segment = Segment.claim(self._made.name("ours"))
@@ -67,7 +65,7 @@ class Scene:
             segment.allocate(self.manifest, self.rows)
             ranges = segment.data_ranges()
             self._engine.register(ranges)
-            destination = SegmentDestination(segment, lambda: None)
+            destination = SegmentDestination(segment)
             key_of = self.manifest.keys.__getitem__
             report = Restore(self._wants(segment), offers, [[source]], destination, key_of).run()
             segment.seal()
@@ -79,11 +77,13 @@ class Scene:
             segment.unlink()
 
     def from_peer(self) -> float:
-        return self._restore(PeerSource(PEER, self._peer.session_id, self._engine), self._offers())
+        peer = PeerMemory(PEER, reading(self._engine, self._peer.session_id))
+        return self._restore(peer, self._offers(peer))
 
     def from_disk(self) -> float:
-        disk = DiskSource(self.checkpoint)
-        return self._restore(disk, {row: [Offer(disk.name, disk.position(row))] for row in self.rows})
+        disk = Disk("disk", lambda: self.checkpoint)
+        offers = {row: [Offer(disk, at)] for row, (at, _) in on_disk(self.manifest, self.rows).items()}
+        return self._restore(disk, offers)
 
     def from_cold_disk(self) -> float:
         for number in range(len(self.manifest.files)):
@@ -97,6 +97,7 @@ class Scene:
         segment = Segment.claim(self._made.name("layout"))
         segment.allocate(self.manifest, self.rows)  # only to learn where the blocks would lie
         base, nbytes, wants = segment.data_ranges()[0][0], segment.nbytes, self._wants(segment)
+        places = [segment.address(row) for row in self.rows]
         skipped = nbytes - segment.data_ranges()[0][1]
         segment.unlink()
         del segment
@@ -118,7 +119,10 @@ class Scene:
         try:
             shift = address + skipped - base
             for batch in batches:
-                moved = [copy._replace(destination=copy.destination + shift) for copy in batch.copies]
+                moved = coalesce(
+                    Copy(places[want.row] + shift, at, want.nbytes)
+                    for want, at in zip(batch.wants, batch.addresses, strict=True)
+                )
                 here, there, sizes = map(list, zip(*within_pieces(moved), strict=True))
                 assert self._engine._engine.batch_transfer_sync_read(self._peer.session_id, here, there, sizes) == 0
             return time.perf_counter() - started

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transfer.ledger import Ledger
-from transfer.plan import Limits, Offer, Piece, Want, split
+from transfer.plan import Limits, Offer, Want
 from transfer.standing import Party
 
 BLOCKS = 14_848
@@ -22,7 +22,7 @@ LANES = 2
 
 
 def main() -> None:
-    wants = [Want(row, NBYTES, (Piece(1 << 40 | row * NBYTES, 0, NBYTES),), bytes(16)) for row in range(BLOCKS)]
+    wants = [Want(row, NBYTES, bytes(16)) for row in range(BLOCKS)]
     offers = {
         w.row: [Offer(f"n{w.row % NODES}", w.row * NBYTES), Offer(f"n{(w.row + 3) % NODES}", w.row * NBYTES)]
         for w in wants
@@ -33,15 +33,14 @@ def main() -> None:
     for _ in range(RUNS):
         started = time.perf_counter()
         ledger = Ledger(wants, offers, parties)
-        made = calls = 0
+        made = 0
         while batches := ledger.next(0.0).move:
             made += len(batches)
-            calls += sum(len(split(batch.copies, Limits())) for batch in batches)
             for batch in batches:
                 ledger.moved(batch, taken)
         seconds.append(time.perf_counter() - started)
     print(f"{BLOCKS:,} blocks x 2 offers: {statistics.median(seconds) * 1e3:.0f} ms, best {min(seconds) * 1e3:.0f} ms")
-    print(f"{made:,} batches, {calls:,} calls, {len(parties)} sources")
+    print(f"{made:,} batches, {len(parties)} sources")
 
 
 if __name__ == "__main__":

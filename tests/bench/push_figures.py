@@ -21,7 +21,8 @@ from app.cli.daemon import silence_native_output
 from app.cluster.peers import PeerClient
 from shm.manifest import Manifest
 from transfer.checkpoint import read_checkpoint
-from transfer.engine import Copy, MooncakeEngine, within_pieces
+from transfer.engine import Copy, MooncakeEngine
+from transfer.engine.protocol import within_pieces
 from transfer.plan import Limits, split
 from transfer.push.table import consumer_document
 from transfer.slots import Slots

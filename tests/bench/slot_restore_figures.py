@@ -30,12 +30,12 @@ from shm.layout import SegmentName
 from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from transfer import Restorer
-from transfer.client.sources import LOCAL_LANES_MAX, want_of
 from transfer.ledger import Ledger
-from transfer.plan import Limits, Offer
+from transfer.plan import Limits, Offer, Want
 from transfer.slots import Slots
 from transfer.slots.copies import apply_copies
 from transfer.slots.table import SlotTable
+from transfer.sources import LOCAL_LANES_MAX
 from transfer.standing import Party
 
 REPEATS = 5
@@ -171,7 +171,7 @@ def planning() -> dict[str, float]:
 
     def lay_out() -> None:
         sizes = manifest.nbytes.tolist()
-        wants = [want_of(row, sizes[row], expected) for row in table.rows]
+        wants = [Want(row, sizes[row], expected) for row in table.rows]
         offers = {row: [Offer("local", row << 20)] for row in table.rows}
         ledger = Ledger(wants, offers, {"local": Party("local", 0, THREADS, Limits(nbytes=32 << 20))})
         while batches := ledger.next(0.0).move:

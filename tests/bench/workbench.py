@@ -29,8 +29,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from app.cluster.placement import Placement  # noqa: E402
+from app.node.holding import Holding  # noqa: E402
+from app.node.proofs import Proofs  # noqa: E402
 from shm import posix  # noqa: E402
 from shm.layout import PREFIX, SHM_DIRECTORY, SegmentName  # noqa: E402
+from shm.segment import Segment  # noqa: E402
 from transfer.checkpoint.synth import SynthPlan, plan_checkpoint, write_checkpoint  # noqa: E402
 
 MODEL = "bench"
@@ -60,6 +64,12 @@ class Bench:
 
     def name(self, node: str) -> SegmentName:
         return SegmentName(self.namespace, MODEL, node)
+
+    def holding(self, segment: Segment) -> Holding:
+        """The segment as a node alone has it, its content not looked at."""
+        manifest, node = segment.manifest, segment.name.node
+        placement = Placement.compute(manifest, (node,), 1)
+        return Holding(node, segment, manifest, placement, bytes(16), None, Proofs(len(manifest)), ())
 
     def checkpoint(self, name: str, shape: Mapping[str, Any], *, sparse: bool = False) -> Path:
         """A checkpoint of that shape; `sparse`: real headers over files that are otherwise one hole."""

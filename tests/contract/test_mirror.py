@@ -26,6 +26,7 @@ PROVED_ELSEWHERE = {
     "shm/pinning.py": "tests/shm/test_attachment.py",
     "shm/posix.py": "tests/shm/test_segment.py",
     "shm/twin.py": "tests/shm/test_damage.py",
+    "transfer/destination.py": "tests/app/node/test_destination.py",
     "transfer/standing.py": "tests/transfer/test_ledger.py",
     "transfer/checkpoint/recipes.py": "tests/transfer/checkpoint/test_synth.py",
     "transfer/client/*.py": "tests/transfer/client/test_restorer.py",

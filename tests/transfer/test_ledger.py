@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from transfer.errors import TransferFailed
 from transfer.ledger import LANES_MAX, NOBODY, OFFER_TRIES_MAX, REASONS_MAX, STEPS, Event, Ledger, Orders, Stage
-from transfer.plan import Batch, Limits, Offer, Piece, Want
+from transfer.plan import Batch, Limits, Offer, Want
 from transfer.standing import (
     DOUBT_PAUSE_S,
     PATIENCE_S,
@@ -31,10 +31,11 @@ NBYTES = 333
 RIGHT, WRONG = b"r" * 16, b"w" * 16
 BROKE = TransferFailed("the wire broke")
 LATE = TransferFailed("gave up", timed_out=True)
+GONE = TransferFailed("the consumer is given up", is_destination_gone=True)
 
 
 def want(row: int, nbytes: int = NBYTES, checksum: bytes | None = RIGHT) -> Want:
-    return Want(row, nbytes, (Piece(row << 20, 0, nbytes),), checksum)
+    return Want(row, nbytes, checksum)
 
 
 def party(name: str, tier: int = 0, lanes: int = 1, blocks: int = 1) -> Party:
@@ -104,12 +105,13 @@ class Block:
         self.ledger.next(0.0)
 
     def tell(self, event: str) -> None:
-        batch = self.batch or Batch("a", (want(7),), (), NBYTES)
+        batch = self.batch or Batch("a", (want(7),), (7,), NBYTES)
         events: dict[str, Callable[[], object]] = {
             "next": lambda: self.ledger.next(0.0),
             "moved": lambda: self.ledger.moved(batch, {}),
             "moved with a checksum": lambda: self.ledger.moved(batch, {7: RIGHT}),
             "failed": lambda: self.ledger.failed(batch, BROKE, 0.0),
+            "failed for good": lambda: (self.ledger.failed(batch, GONE, 0.0), self.ledger.next(0.0)),
             "timed out": lambda: self.ledger.failed(batch, LATE, 0.0),
             "verified right": lambda: self.ledger.verified(7, RIGHT),
             "verified wrong": lambda: self.ledger.verified(7, WRONG),
@@ -137,6 +139,7 @@ BLOCK_TABLE: dict[str, tuple[Stage | None, ...]] = {
     "moved":                 (None,  V,        None,      None, None,     None,     None),
     "moved with a checksum": (None,  R,        None,      None, None,     None,     None),
     "failed":                (None,  W,        None,      None, None,     None,     None),
+    "failed for good":       (None,  F,        None,      None, None,     None,     None),
     "timed out":             (None,  W,        None,      None, None,     None,     None),
     "verified right":        (None,  None,     R,         None, None,     None,     None),
     "verified wrong":        (None,  None,     W,         None, None,     None,     None),
@@ -319,14 +322,13 @@ def test_blocks_with_a_choice_make_up_for_those_without() -> None:
 def test_a_model_of_deepseeks_size_is_planned_within_the_limits() -> None:
     """14,848 blocks on two replicas each, 44 MB a block: balanced, and no batch above its limit."""
     nbytes = 44_050_944
-    wants = [Want(row, nbytes, (Piece(1 << 40 | row * nbytes, 0, nbytes),), None) for row in range(14_848)]
+    wants = [Want(row, nbytes, None) for row in range(14_848)]
     offers = {w.row: [Offer(f"n{w.row % 8}", w.row * nbytes), Offer(f"n{(w.row + 3) % 8}", w.row)] for w in wants}
     parties = {f"n{i}": Party(f"n{i}", 0, 2, Limits()) for i in range(8)}
     ledger, load = Ledger(wants, offers, parties), Counter[Any]()
     while moves := ledger.next(0.0).move:
         for batch in moves:
             assert batch.nbytes <= Limits().nbytes
-            assert len(batch.copies) <= Limits().items
             load[batch.source] += batch.nbytes
             ledger.moved(batch, {w.row: RIGHT for w in batch.wants})
     assert load.total() == 14_848 * nbytes
@@ -431,7 +433,7 @@ def test_a_block_that_an_outstanding_transfer_may_touch_is_held_back_until_all_s
     ledger.moved(batch, {7: RIGHT})
     assert ledger.next(0.0).publish == ()
     first, second = ledger.outstanding
-    assert [copy.destination for copy in first.copies] == [7 << 20]
+    assert rows_of([first]) == [7]
     assert ledger.waits_for == (first, second)
     assert not ledger.is_over
     ledger.ended(first)
@@ -464,6 +466,23 @@ def test_a_block_that_failed_leaves_its_outstanding_transfers_to_be_seen() -> No
     assert ledger.is_over
     assert ledger.waits_for == ()
     assert ledger.outstanding == (batch,)
+
+
+# -- a destination that is gone --------------------------------------------------------------------------------
+
+
+def test_a_destination_that_is_gone_fails_what_is_wanted_and_lets_what_is_under_way_end() -> None:
+    ledger = ledger_of({"a": range(5), "b": range(5)})
+    a, b = ledger.next(0.0).move
+    ledger.failed(a, GONE, 0.0)
+    assert ledger.next(0.0) == Orders((), (), (), None)
+    assert not ledger.is_over
+    ledger.moved(b, dict.fromkeys(rows_of([b]), RIGHT))
+    assert [block.want.row for block in ledger.next(0.0).publish] == rows_of([b])
+    ledger.published(rows_of([b])[0])
+    assert ledger.is_over
+    assert sorted(ledger.failures) == sorted(set(range(5)) - set(rows_of([b])))
+    assert all("given up" in reason for reason in ledger.failures.values())
 
 
 # -- cancelling ------------------------------------------------------------------------------------------------

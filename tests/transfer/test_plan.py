@@ -1,24 +1,20 @@
-"""Batches against a byte-level simulation: whatever is joined and cut, every byte goes where it was asked to go."""
+"""Batches and calls against a byte-level simulation: whatever is joined and cut, every byte goes where it should."""
 
 from __future__ import annotations
 
-import itertools
-
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from transfer import plan
 from transfer.engine import Copy
-from transfer.plan import Batch, Limits, Piece, Queue, Want, coalesce, split
+from transfer.plan import Batch, Limits, Queue, Want, coalesce, sliced, split
 
 AT_SOURCE = 1 << 20  # where the source's addresses start; destinations start at 0
 Waiting = list[tuple[Want, int]]
 
 
-def want(row: int, nbytes: int, destination: int) -> Want:
-    return Want(row, nbytes, (Piece(destination, 0, nbytes),), None)
-
-
-def moved(copies: tuple[Copy, ...] | list[Copy]) -> dict[int, int]:
+def moved(copies: list[Copy]) -> dict[int, int]:
     """Destination byte → source byte; no destination byte is written twice."""
     bytes_of: dict[int, int] = {}
     for destination, source, nbytes in copies:
@@ -30,20 +26,25 @@ def moved(copies: tuple[Copy, ...] | list[Copy]) -> dict[int, int]:
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Waiting, Limits]:
-    """Blocks that wait for one source, cut into pieces that lie anywhere, often touching; and how large a batch is."""
-    waiting, destination, address = [], 0, AT_SOURCE
+    """Blocks that wait for one source, and how large a batch is."""
+    waiting, address = [], AT_SOURCE
     for row, nbytes in enumerate(draw(st.lists(st.integers(1, 33), min_size=1, max_size=12))):
-        cuts = sorted(draw(st.sets(st.integers(1, 32), max_size=3)))
-        edges = [0, *(c for c in cuts if c < nbytes), nbytes]
-        pieces = []
-        for start, end in itertools.pairwise(edges):
-            destination += draw(st.sampled_from([0, 0, 7]))
-            pieces.append(Piece(destination, start, end - start))
-            destination += end - start
         address += draw(st.sampled_from([0, 0, 5]))
-        waiting.append((Want(row, nbytes, tuple(pieces), None), address))
+        waiting.append((Want(row, nbytes, None), address))
         address += nbytes
     return draw(st.permutations(waiting)), Limits(draw(st.integers(1, 9)), draw(st.integers(1, 77)))
+
+
+@st.composite
+def copies(draw: st.DrawFn) -> list[Copy]:
+    """Copies that often touch, on one side or on both."""
+    made, destination, source = [], 0, AT_SOURCE
+    for nbytes in draw(st.lists(st.integers(1, 33), max_size=12)):
+        destination += draw(st.sampled_from([0, 0, 7]))
+        source += draw(st.sampled_from([0, 0, 5]))
+        made.append(Copy(destination, source, nbytes))
+        destination, source = destination + nbytes, source + nbytes
+    return made
 
 
 def cut(waiting: Waiting, limits: Limits, again: frozenset[int] = frozenset()) -> list[Batch]:
@@ -67,16 +68,24 @@ def test_every_block_that_waits_is_cut_once_in_the_order_of_the_source(problem: 
 
 
 @given(problems())
-def test_joining_ranges_never_changes_which_byte_goes_where(problem: tuple[Waiting, Limits]) -> None:
+def test_a_batch_says_where_each_of_its_blocks_lies(problem: tuple[Waiting, Limits]) -> None:
     waiting, limits = problem
-    address_of = {want.row: address for want, address in waiting}
-    for batch in cut(waiting, limits):
-        expected: dict[int, int] = {}
-        for w in batch.wants:
-            for piece in w.pieces:
-                for i in range(piece.nbytes):
-                    expected[piece.destination + i] = address_of[w.row] + piece.offset + i
-        assert moved(batch.copies) == expected
+    told = [pair for batch in cut(waiting, limits) for pair in zip(batch.wants, batch.addresses, strict=True)]
+    assert sorted(told) == sorted(waiting)
+
+
+@given(copies())
+def test_joining_ranges_never_changes_which_byte_goes_where(wanted: list[Copy]) -> None:
+    assert moved(coalesce(wanted)) == moved(wanted)
+
+
+@given(copies(), st.integers(1, 9))
+def test_slicing_bounds_every_item_and_moves_the_same_bytes(wanted: list[Copy], most: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "ITEM_NBYTES_MAX", most)
+        items = sliced(wanted)
+    assert all(0 < item.nbytes <= most for item in items)
+    assert moved(items) == moved(wanted)
 
 
 @given(problems())
@@ -85,7 +94,7 @@ def test_batches_keep_their_limits_unless_a_single_block_is_larger(problem: tupl
     for batch in cut(waiting, limits):
         if len(batch.wants) > 1:
             assert batch.nbytes <= limits.nbytes
-            assert sum(len(w.pieces) for w in batch.wants) <= limits.items
+            assert len(batch.wants) <= limits.items
 
 
 @given(problems(), st.frozensets(st.integers(0, 11)))
@@ -97,14 +106,12 @@ def test_blocks_that_come_again_go_last_and_each_alone(problem: tuple[Waiting, L
     assert all(len(batch.wants) == 1 for batch in made[len(first) :])
 
 
-@given(problems())
-def test_calls_keep_the_limits_whatever_the_batch_and_move_the_same_bytes(problem: tuple[Waiting, Limits]) -> None:
-    waiting, limits = problem
-    for batch in cut(waiting, limits):
-        calls = split(batch.copies, limits)
-        assert all(0 < len(call) <= limits.items for call in calls)
-        assert all(0 < sum(copy.nbytes for copy in call) <= limits.nbytes for call in calls)
-        assert moved([copy for call in calls for copy in call]) == moved(batch.copies)
+@given(copies(), st.integers(1, 9), st.integers(1, 77))
+def test_calls_keep_the_limits_and_move_the_same_bytes(wanted: list[Copy], items: int, nbytes: int) -> None:
+    calls = split(wanted, Limits(items, nbytes))
+    assert all(0 < len(call) <= items for call in calls)
+    assert all(0 < sum(copy.nbytes for copy in call) <= nbytes for call in calls)
+    assert moved([copy for call in calls for copy in call]) == moved(wanted)
 
 
 def test_ranges_join_only_where_they_touch_on_both_sides() -> None:
@@ -116,17 +123,10 @@ def test_ranges_join_only_where_they_touch_on_both_sides() -> None:
     assert coalesce([Copy(10, 110, 5), Copy(0, 100, 10)]) == [Copy(10, 110, 5), Copy(0, 100, 10)]
 
 
-def test_neighbouring_blocks_become_one_copy() -> None:
-    waiting = [(want(row, 3333, 5_000_000 + 3333 * row), 90_000 + 3333 * row) for row in range(7)]
-    (batch,) = cut(waiting[::-1], Limits())
-    assert batch.copies == (Copy(5_000_000, 90_000, 7 * 3333),)
-    assert [w.row for w in batch.wants] == list(range(7))
-
-
 def test_who_is_sent_away_waits_no_longer() -> None:
     queue = Queue()
     for row in range(3):
-        queue.put(want(row, 33, 40 * row), 77 * row)
+        queue.put(Want(row, 33, None), 77 * row)
     assert sorted(queue.clear()) == [0, 1, 2]
     assert (len(queue), queue.nbytes) == (0, 0)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,24 @@ import numpy as np
 import pytest
 import xxhash
 
-from shm.block import ExpertKey
+from shm.block import ExpertKey, HeldBlock
 from shm.errors import HotspareError
 from transfer.checkpoint import read_checkpoint
+from transfer.destination import Destination, Landing, Resident
 from transfer.errors import TransferFailed
 from transfer.ledger import OFFER_TRIES_MAX
 from transfer.memory import view
 from transfer.plan import Batch, Limits, Offer, Piece, Want
 from transfer.progress import Progress, Report, RestoreState
 from transfer.restore import Restore
-from transfer.sources import DiskSource, InPlace, LocalSource, Source, SourceKind
+from transfer.sources import Disk, HostMemory, Source, SourceKind, on_disk
 from transfer.standing import SOURCE_FAILURES_MAX
 
 NBYTES = 3333
 SPARE = 77  # between blocks, so that nothing joins
+Places = Mapping[int, int]
+"""Row → where its bytes belong."""
+Trick = Callable[[Places], None]
 
 
 class Memory:
@@ -56,14 +62,32 @@ class Slots:
         self.looks: Counter[int] = Counter()
         self.before_look: Callable[[int], None] = lambda row: None
 
-    def begin(self, want: Want) -> None:
-        self.begun[want.row] += 1
-        self.published.discard(want.row)
+    def begin(self, row: int) -> None:
+        self.begun[row] += 1
+        self.published.discard(row)
+
+    def take(self, blocks: Sequence[Resident]) -> Mapping[int, bytes]:
+        assert all(block.address == self.memory.address(block.want.row) for block in blocks), "only what is in place"
+        return {}
+
+    def landings(self, wants: Sequence[Want], *, in_one_run: bool) -> Iterator[AbstractContextManager[Landing]]:
+        for want in wants:
+            self.begin(want.row)
+        pieces = {want.row: (Piece(self.memory.address(want.row), 0, NBYTES),) for want in wants}
+        yield nullcontext(Landing(pieces, lambda taken: taken))
 
     def checksum(self, want: Want) -> bytes:
         self.looks[want.row] += 1
         self.before_look(want.row)
-        return xxhash.xxh3_128_digest(self.memory.block(want.row))
+        found = xxhash.xxh3_128_digest(self.memory.block(want.row))
+        if found != want.checksum:
+            self.begin(want.row)
+        return found
+
+    def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
+        """As memory of this host: what is published."""
+        here = self.published.intersection(rows)
+        return {row: HeldBlock(self.memory.address(row), b"") for row in here}
 
     def publish(self, want: Want, checksum: bytes) -> None:
         if self.memory.block(want.row) != self.truth.block(want.row):
@@ -71,33 +95,39 @@ class Slots:
         self.published.add(want.row)
 
 
-class Odd(LocalSource):
-    """Copies memory, and calls `trick` with each batch first or after."""
+class Odd:
+    """Copies memory, and calls `trick` with each batch first or after, and the places that it got."""
 
     def __init__(
         self,
         name: str,
         *,
-        before: Callable[[Batch], None] | None = None,
-        after: Callable[[Batch], None] | None = None,
+        before: Trick | None = None,
+        after: Trick | None = None,
         kind: SourceKind = SourceKind.PEER,
         lanes: int = 1,
     ) -> None:
-        super().__init__(name)
-        self.kind = kind  # type: ignore[misc]
+        self.name = name
+        self.kind = kind
         self.lanes = lanes
-        self.limits = Limits(nbytes=2 * NBYTES)  # type: ignore[misc]
+        self.limits = Limits(nbytes=2 * NBYTES)
         self._before, self._after = before, after
         self.fetched: list[int] = []
         self.closed = 0
 
-    def fetch(self, batch: Batch) -> Mapping[int, bytes]:
+    def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
         self.fetched.extend(want.row for want in batch.wants)
-        if self._before:
-            self._before(batch)
-        super().fetch(batch)
-        if self._after:
-            self._after(batch)
+        address = {want.row: at for want, at in zip(batch.wants, batch.addresses, strict=True)}
+        for landing in destination.landings(batch.wants, in_one_run=False):
+            with landing as landed:
+                places = {row: piece.destination for row, (piece,) in landed.pieces.items()}
+                if self._before:
+                    self._before(places)
+                for row, to in places.items():
+                    view(to, NBYTES)[:] = view(address[row], NBYTES)
+                if self._after:
+                    self._after(places)
+                return landed.settle({})
         return {}
 
     def close(self) -> None:
@@ -111,26 +141,24 @@ class Case:
         self.rows = range(blocks)
         self.truth = Memory(blocks, seed=33)
         self.slots = Slots(blocks, self.truth)
-        self.wants = [
-            Want(
-                row,
-                NBYTES,
-                (Piece(self.slots.memory.address(row), 0, NBYTES),),
-                xxhash.xxh3_128_digest(self.truth.block(row)),
-            )
-            for row in self.rows
-        ]
+        self.wants = [Want(row, NBYTES, xxhash.xxh3_128_digest(self.truth.block(row))) for row in self.rows]
 
     def restore(self, *tiers: list[Any], only: Mapping[str, set[int]] | None = None, **options: Any) -> Restore:
-        """Every source offers every row, or those of `only`; an InPlace one those that are published."""
+        """Every source offers every row, or those of `only`."""
         offers: dict[int, list[Offer]] = {row: [] for row in self.rows}
         for source in (s for tier in tiers for s in tier):
             has = (only or {}).get(source.name, set(self.rows))
             for row in sorted(has):
-                offers[row].append(Offer(source.name, self.truth.address(row)))
+                offers[row].append(Offer(source, self.truth.address(row)))
         key_of = options.pop("key_of", lambda row: ExpertKey(3, row))
         return Restore(
-            options.pop("wants", self.wants), offers, tiers, self.slots, key_of, options.pop("progress", None)
+            options.pop("wants", self.wants),
+            offers,
+            tiers,
+            self.slots,
+            key_of,
+            options.pop("progress", None),
+            **options,
         )
 
     def check(self, report: Report, done: set[int] | None = None) -> None:
@@ -145,16 +173,16 @@ class Case:
         )
 
 
-def fail(message: str = "the wire broke", **options: Any) -> Callable[[Batch], None]:
-    def trick(batch: Batch) -> None:
+def fail(message: str = "the wire broke", **options: Any) -> Trick:
+    def trick(places: Places) -> None:
         raise TransferFailed(message, **options)
 
     return trick
 
 
-def spoil(batch: Batch) -> None:
-    for want in batch.wants:
-        view(want.pieces[0].destination, NBYTES)[NBYTES - 1] ^= 1
+def spoil(places: Places) -> None:
+    for place in places.values():
+        view(place, NBYTES)[NBYTES - 1] ^= 1
 
 
 @pytest.fixture
@@ -198,7 +226,7 @@ def test_blocks_in_place_are_verified_not_moved_and_bad_ones_mended(case: Case) 
     case.slots.memory.block(7)[100] ^= 1
     case.slots.memory.block(11)[NBYTES - 1] ^= 1
     peer = Odd("peer")
-    report = case.restore([InPlace("in place")], [peer]).run()
+    report = case.restore([HostMemory("in place", case.slots)], [peer]).run()
     case.check(report)
     assert sorted(peer.fetched) == [7, 11]
     assert report.bytes_by_source == {"local": 11 * NBYTES, "peer": 2 * NBYTES, "disk": 0}
@@ -210,7 +238,7 @@ def test_a_bad_block_that_nobody_can_mend_is_hidden(case: Case) -> None:
         case.slots.memory.block(row)[:] = case.truth.block(row)
         case.slots.published.add(row)
     case.slots.memory.block(7)[100] ^= 1
-    report = case.restore([InPlace("in place")]).run()
+    report = case.restore([HostMemory("in place", case.slots)]).run()
     case.check(report, done=set(case.rows) - {7})
     assert "checksum" in report.failed[0].reason
 
@@ -222,23 +250,30 @@ def test_blocks_of_a_real_checkpoint_take_the_disks_word_and_leave_no_descriptor
     arena = np.zeros(len(rows) * nbytes, np.uint8)
     published: dict[int, bytes] = {}
 
-    class Destination:
-        def begin(self, want: Want) -> None: ...
-
-        def checksum(self, want: Want) -> bytes:
-            raise AssertionError("the disk took it on the way")
+    class Arena:
+        def landings(self, wants: Sequence[Want], *, in_one_run: bool) -> Iterator[AbstractContextManager[Landing]]:
+            assert in_one_run
+            pieces = {want.row: (Piece(arena.ctypes.data + want.row * nbytes, 0, nbytes),) for want in wants}
+            yield nullcontext(Landing(pieces, lambda taken: taken))
 
         def publish(self, want: Want, checksum: bytes) -> None:
             published[want.row] = checksum
 
-    disk = DiskSource(checkpoint)
-    wants = [Want(row, nbytes, (Piece(arena.ctypes.data + row * nbytes, 0, nbytes),), None) for row in rows]
-    offers = {row: [Offer("disk", disk.position(row))] for row in rows}
-    report = Restore(wants, offers, [[disk]], Destination(), lambda row: checkpoint.manifest.keys[row]).run()
+    disk = Disk("disk", lambda: checkpoint)
+    wants = [Want(row, nbytes, None) for row in rows]
+    offers = {row: [Offer(disk, at)] for row, (at, _) in on_disk(checkpoint.manifest, rows).items()}
+    arena_as_destination: Any = Arena()  # without `checksum`: the disk took it on the way
+    keys = checkpoint.manifest.keys
+    report = Restore(wants, offers, [[disk]], arena_as_destination, keys.__getitem__).run()
     assert report.bytes_by_source == {"local": 0, "peer": 0, "disk": arena.nbytes}
     for row in rows:
         assert published[row] == xxhash.xxh3_128_digest(arena[row * nbytes : (row + 1) * nbytes])
-    assert disk._descriptors == {}
+    assert descriptors(moe_checkpoint) == 0
+
+
+def descriptors(directory: Path) -> int:
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return sum(os.path.realpath(link).startswith(f"{directory}/") for link in links)
 
 
 # -- sources that fail -----------------------------------------------------------------------------------------
@@ -271,8 +306,8 @@ def test_a_source_that_keeps_failing_is_left_aside_while_others_can_serve(case: 
 def test_a_source_that_failed_for_passing_reasons_still_brings_what_only_it_has(case: Case) -> None:
     passing = iter([fail(), fail(), fail()])
 
-    def trick(batch: Batch) -> None:
-        next(passing, lambda batch: None)(batch)
+    def trick(places: Places) -> None:
+        next(passing, lambda places: None)(places)
 
     source = Odd("a", before=trick)
     report = case.restore([source]).run()
@@ -282,8 +317,8 @@ def test_a_source_that_failed_for_passing_reasons_still_brings_what_only_it_has(
 
 
 def test_one_block_that_a_source_cannot_give_costs_no_other(case: Case) -> None:
-    def trick(batch: Batch) -> None:
-        if any(want.row == 7 for want in batch.wants):
+    def trick(places: Places) -> None:
+        if 7 in places:
             raise TransferFailed("a bad sector")
 
     disk = Odd("disk", before=trick, kind=SourceKind.DISK)
@@ -295,7 +330,7 @@ def test_one_block_that_a_source_cannot_give_costs_no_other(case: Case) -> None:
 
 @pytest.mark.parametrize("error", [OSError(5, "I/O"), MemoryError("no"), KeyError("x"), HotspareError("ours")])
 def test_whatever_a_source_raises_others_serve_and_nothing_hangs(case: Case, error: Exception) -> None:
-    def trick(batch: Batch) -> None:
+    def trick(places: Places) -> None:
         raise error
 
     report = case.restore([Odd("bad", before=trick)], [Odd("good")]).run()
@@ -342,8 +377,8 @@ def test_late_bytes_after_a_timeout_are_seen_and_the_block_is_brought_again(case
     """A peer times out; the next source serves; then the peer's late bytes land, and they are wrong."""
     late: list[Callable[[], None]] = []
 
-    def time_out(batch: Batch) -> None:
-        late.append(lambda: spoil(batch))
+    def time_out(places: Places) -> None:
+        late.append(lambda: spoil(places))
         raise TransferFailed("gave up", timed_out=True)
 
     def land(row: int) -> None:
@@ -352,15 +387,17 @@ def test_late_bytes_after_a_timeout_are_seen_and_the_block_is_brought_again(case
 
     third = Odd("third", kind=SourceKind.DISK)
     case.slots.before_look = land
-    report = case.restore([Odd("stalled", before=time_out)], [Odd("second")], [third]).run()
+    restore = case.restore([Odd("stalled", before=time_out)], [Odd("second")], [third])
+    report = restore.run()
     assert report.ok
     case.check(report)
+    assert sorted(want.row for batch in restore.outstanding for want in batch.wants) == [0, 1, 2, 3]
     assert len(third.fetched) == 2 * SOURCE_FAILURES_MAX, "those that the stalled peer could still reach"
     assert report.bytes_by_source["disk"] == len(third.fetched) * NBYTES
 
 
 def test_late_bytes_that_nobody_can_mend_are_reported(case: Case) -> None:
-    def time_out(batch: Batch) -> None:
+    def time_out(places: Places) -> None:
         raise TransferFailed("gave up", timed_out=True)
 
     def land(row: int) -> None:
@@ -376,10 +413,10 @@ def test_late_bytes_that_nobody_can_mend_are_reported(case: Case) -> None:
 
 
 def test_blocks_that_late_bytes_may_reach_are_published_after_a_last_look_also_when_cancelled(case: Case) -> None:
-    def time_out(batch: Batch) -> None:
+    def time_out(places: Places) -> None:
         raise TransferFailed("gave up", timed_out=True)
 
-    second = Odd("second", after=lambda batch: restore.cancel())
+    second = Odd("second", after=lambda places: restore.cancel())
     restore = case.restore([Odd("stalled", before=time_out)], [second])
     report = restore.run()
     assert report.state is RestoreState.CANCELLED
@@ -390,24 +427,52 @@ def test_blocks_that_late_bytes_may_reach_are_published_after_a_last_look_also_w
 # -- destinations that fail ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["begin", "checksum", "publish"])
+@pytest.mark.parametrize("verb", ["landings", "checksum", "publish"])
 def test_a_destination_that_fails_for_a_block_costs_only_that_block(
     case: Case, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = getattr(case.slots, verb)
 
-    def broken(want: Want, *rest: Any) -> Any:
-        if want.row == 7:
+    def broken(wanted: Want | Sequence[Want], *rest: Any, **options: Any) -> Any:
+        wants = [wanted] if isinstance(wanted, Want) else wanted
+        if any(want.row == 7 for want in wants):
             raise ValueError("this slot is gone")
-        return done(want, *rest)
+        return done(wanted, *rest, **options)
 
     monkeypatch.setattr(case.slots, verb, broken)
     source = Odd("a")
-    source.limits = Limits(nbytes=NBYTES)  # type: ignore[misc]
+    source.limits = Limits(nbytes=NBYTES)
     report = case.restore([source], [Odd("b")]).run()
     assert report.state is RestoreState.FAILED
     case.check(report, done=set(case.rows) - {7})
     assert "this slot is gone" in report.failed[0].reason
+
+
+def test_nobody_is_asked_any_more_once_the_destination_is_gone(case: Case) -> None:
+    def trick(places: Places) -> None:
+        raise TransferFailed("the consumer is given up", is_destination_gone=True)
+
+    first, second = Odd("first", before=trick), Odd("second")
+    report = case.restore([first], [second]).run()
+    case.check(report, done=set())
+    assert (len(first.fetched), second.fetched) == (2, [])
+    assert {block.reason for block in report.failed} == {
+        "first: the consumer is given up; the consumer is given up",
+        "the consumer is given up",
+    }
+
+
+def test_sources_of_one_name_are_still_two(case: Case) -> None:
+    """A node may be called `disk`."""
+    node, disk = Odd("disk", before=fail("it is a node")), Odd("disk", kind=SourceKind.DISK)
+    report = case.restore([node], [disk]).run()
+    case.check(report)
+    assert report.bytes_by_source == {"local": 0, "peer": 0, "disk": 13 * NBYTES}
+
+
+def test_what_was_known_of_a_row_beforehand_is_in_its_reason(case: Case) -> None:
+    restore = case.restore([Odd("a")], only={"a": set(range(12))}, reasons={12: "two nodes disagree"})
+    assert restore.run().failed[0].reason == "two nodes disagree"
 
 
 def test_a_failure_of_the_restore_itself_is_told_and_closes_the_sources(case: Case) -> None:
@@ -426,7 +491,7 @@ def test_a_failure_of_the_restore_itself_is_told_and_closes_the_sources(case: Ca
 
 
 def test_cancelling_stops_after_the_batches_under_way(case: Case) -> None:
-    source = Odd("a", before=lambda batch: restore.cancel() if len(source.fetched) > 4 else None)
+    source = Odd("a", before=lambda places: restore.cancel() if len(source.fetched) > 4 else None)
     restore = case.restore([source])
     report = restore.run()
     assert report.state is RestoreState.CANCELLED

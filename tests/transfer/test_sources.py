@@ -1,172 +1,187 @@
-"""Sources against real memory and real checkpoint files."""
+"""The three kinds of source, against real memory, real checkpoint files, and the transfer engine's double."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
-from safetensors.numpy import save_file
 
-from shm.block import ExpertKey
+from shm.block import HeldBlock
 from transfer.checkpoint import Checkpoint, read_checkpoint
-from transfer.engine import Copy
-from transfer.errors import CheckpointError
-from transfer.plan import Batch, Limits, Piece, Queue, Want
-from transfer.sources import DiskSource, InPlace, LocalSource, runs_of
+from transfer.destination import Landing, Resident
+from transfer.engine.double import Network
+from transfer.errors import CheckpointError, TransferFailed
+from transfer.plan import Batch, Piece, Want
+from transfer.sources import Disk, HostMemory, PeerMemory, local_limits, on_disk, reading
 
-HIDDEN, INNER = 33, 7  # 462 bytes a matrix: 50 bytes of alignment between the tensors of a block
-EXPERTS = 5
-ExpectedBlocks = Callable[[Path, str], dict[ExpertKey, bytes]]
+NBYTES = 3333
+
+
+class Places:
+    """A destination that keeps each block where a test can look, in two landings if it has several."""
+
+    def __init__(self, rows: Iterable[int], nbytes: int = NBYTES) -> None:
+        self.blocks = {row: np.zeros(nbytes, np.uint8) for row in rows}
+        self.taken: list[Resident] = []
+        self.one_run: set[bool] = set()
+        self.open_landings = 0
+
+    def take(self, blocks: Sequence[Resident]) -> Mapping[int, bytes]:
+        self.taken.extend(blocks)
+        return {block.want.row: block.checksum for block in blocks}
+
+    def landings(self, wants: Sequence[Want], *, in_one_run: bool) -> Iterator[AbstractContextManager[Landing]]:
+        self.one_run.add(in_one_run)
+        for part in (wants[:1], wants[1:]):
+            if part:
+                yield self._landing(part)
+
+    @contextmanager
+    def _landing(self, wants: Sequence[Want]) -> Iterator[Landing]:
+        self.open_landings += 1
+        pieces = {w.row: (Piece(int(self.blocks[w.row].ctypes.data), 0, w.nbytes),) for w in wants}
+        try:
+            yield Landing(pieces, lambda taken: {row: taken.get(row, b"settled") for row in pieces})
+        finally:
+            self.open_landings -= 1
+
+
+def destination_of(places: Places) -> Any:
+    return places
+
+
+def batch_of(source: Any, rows: Iterable[int], addresses: Iterable[int] = (), nbytes: int = NBYTES) -> Batch:
+    wants = tuple(Want(row, nbytes, None) for row in rows)
+    return Batch(source, wants, tuple(addresses), nbytes * len(wants))
+
+
+# -- this host's memory ----------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Rows that are published, in this process."""
+
+    def __init__(self, *rows: int) -> None:
+        self.published = set(rows)
+
+    def held(self, rows: Iterable[int]) -> Mapping[int, HeldBlock]:
+        return {row: HeldBlock(1000 + row, bytes([row])) for row in rows if row in self.published}
+
+
+def test_blocks_of_this_host_are_taken_where_they_lie_with_the_checksum_on_record() -> None:
+    memory, places, kept = Memory(3, 4, 5), Places(()), (memoryview(b"x"),)
+    source = HostMemory("here", memory, kept_by=kept)
+    assert source.fetch(batch_of(source, [3, 4]), destination_of(places)) == {3: b"\x03", 4: b"\x04"}
+    assert [(r.want.row, r.address, r.kept_by) for r in places.taken] == [(3, 1003, kept), (4, 1004, kept)]
+
+
+def test_a_block_that_was_withdrawn_before_is_not_taken_and_one_withdrawn_meanwhile_not_vouched_for() -> None:
+    memory = Memory(3, 4)
+
+    class Withdrawing(Places):
+        def take(self, blocks: Sequence[Resident]) -> Mapping[int, bytes]:
+            memory.published.discard(4)
+            return super().take(blocks)
+
+    places = Withdrawing(())
+    source = HostMemory("here", memory)
+    assert source.fetch(batch_of(source, [3, 4, 5]), destination_of(places)) == {3: b"\x03"}
+    assert [block.want.row for block in places.taken] == [3, 4]
+
+
+def test_batches_from_this_host_are_several_for_each_lane_and_neither_tiny_nor_huge() -> None:
+    assert local_limits(3_333, 4).nbytes == 8 << 20
+    assert local_limits(16 * (100 << 20), 4).nbytes == 100 << 20
+    assert local_limits(1 << 40, 4).nbytes == 256 << 20
+
+
+# -- a peer's memory -------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_peer_are_read_into_every_landing_and_settled() -> None:
+    network = Network()
+    ours, theirs = network.engine(), network.engine()
+    memory = np.random.default_rng(3).integers(0, 256, 5 * NBYTES, np.uint8)
+    theirs.register([(memory.ctypes.data, memory.nbytes)])
+    places = Places(range(3))
+    peer = PeerMemory("peer", reading(ours, theirs.session_id))
+    addresses = [int(memory.ctypes.data) + 7 + NBYTES * row for row in range(3)]
+    brought = peer.fetch(batch_of(peer, range(3), addresses), destination_of(places))
+    assert brought == dict.fromkeys(range(3), b"settled")
+    for row in range(3):
+        assert places.blocks[row].tobytes() == memory[7 + NBYTES * row :][:NBYTES].tobytes()
+    assert (places.one_run, places.open_landings) == ({False}, 0)
+
+
+def test_a_peer_that_fails_leaves_no_landing_open() -> None:
+    network = Network()
+    ours, theirs = network.engine(), network.engine()
+    network.stop(theirs.session_id)
+    places = Places(range(3))
+    peer = PeerMemory("peer", reading(ours, theirs.session_id))
+    with pytest.raises(TransferFailed) as failed:
+        peer.fetch(batch_of(peer, range(3), [1, 2, 3]), destination_of(places))
+    assert failed.value.timed_out
+    assert places.open_landings == 0
+
+
+def test_a_peer_may_be_reached_in_another_way() -> None:
+    asked: list[Batch] = []
+
+    def ask(batch: Batch, destination: Any) -> Mapping[int, bytes]:
+        asked.append(batch)
+        return {7: b"said"}
+
+    peer = PeerMemory("peer", ask)
+    batch = batch_of(peer, [7])
+    assert peer.fetch(batch, destination_of(Places(()))) == {7: b"said"}
+    assert asked == [batch]
+
+
+# -- the disk --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def spread(tmp_path: Path) -> Path:
-    """Each expert's three matrices in three files, in reverse order in one of them."""
-    random = np.random.default_rng(3)
-    shapes = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
-    weight_map = {}
-    for number, (name, shape) in enumerate(shapes.items(), 1):
-        file = f"model-0000{number}-of-00003.safetensors"
-        tensors = {
-            f"model.layers.0.mlp.experts.{e}.{name}.weight": random.standard_normal(shape).astype(np.float16)
-            for e in range(EXPERTS)
-        }
-        save_file(tensors, tmp_path / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return tmp_path
+def checkpoint(moe_checkpoint: Path) -> Checkpoint:
+    return read_checkpoint(moe_checkpoint, "moe")
 
 
-def fetch(checkpoint: Checkpoint, rows: list[int], split_at: int | None = None) -> tuple[list[bytes], dict[int, bytes]]:
-    """Read the rows through a planned batch into memory full of 0xFF; the bytes, and the checksums taken."""
-    source = DiskSource(checkpoint)
-    sizes = [int(checkpoint.manifest.nbytes[row]) for row in rows]
-    arena = np.full(sum(sizes) + 3333 * len(rows), 0xFF, np.uint8)
-    wants, at = [], 3
-    for row, nbytes in zip(rows, sizes, strict=True):
-        base = arena.ctypes.data + at
-        pieces = (Piece(base, 0, nbytes),)
-        if split_at is not None:  # the second part lies before the first
-            pieces = (Piece(base + nbytes - split_at, 0, split_at), Piece(base, split_at, nbytes - split_at))
-        wants.append(Want(row, nbytes, pieces, None))
-        at += nbytes + 77
-    queue = Queue()
-    for want in wants:
-        queue.put(want, source.position(want.row))
-    checksums: dict[int, bytes] = {}
-    try:
-        while queue:
-            checksums |= source.fetch(queue.cut(source, Limits()))
-    finally:
-        source.close()
-    found = []
-    for want in wants:
-        block = bytearray(want.nbytes)
-        for piece in want.pieces:
-            start = piece.destination - arena.ctypes.data
-            block[piece.offset : piece.offset + piece.nbytes] = arena[start : start + piece.nbytes].tobytes()
-        found.append(bytes(block))
-    used = sum(sizes)
-    assert (arena == 0xFF).sum() >= arena.size - used, "bytes beyond the blocks were written"
-    return found, checksums
+def test_blocks_of_the_disk_come_with_the_checksum_taken_on_the_way(checkpoint: Checkpoint) -> None:
+    nbytes = int(checkpoint.manifest.nbytes[0])
+    places = Places(range(5), nbytes)
+    disk = Disk("disk", lambda: checkpoint)
+    taken = disk.fetch(batch_of(disk, range(5), nbytes=nbytes), destination_of(places))
+    assert taken == {row: xxhash.xxh3_128_digest(places.blocks[row]) for row in range(5)}
+    assert (places.one_run, places.open_landings) == ({True}, 0)
+    assert descriptors(checkpoint) > 0
+    disk.close()
+    assert descriptors(checkpoint) == 0
 
 
-@pytest.mark.parametrize("split_at", [None, 101], ids=["in one run", "in pieces"])
-def test_blocks_spread_over_several_files_come_whole_with_zeros_between(
-    spread: Path, expected_blocks: ExpectedBlocks, split_at: int | None
-) -> None:
-    checkpoint = read_checkpoint(spread, "moe")
-    expected = expected_blocks(spread, "moe")
-    rows = list(range(EXPERTS))
-    found, checksums = fetch(checkpoint, rows, split_at)
-    assert found == [expected[checkpoint.manifest.keys[row]] for row in rows]
-    assert any(b[462:512] == bytes(50) for b in found), "this test needs gaps"
-    assert checksums == {row: xxhash.xxh3_128_digest(found[row]) for row in rows}
-
-
-def test_a_deepseek_checkpoint_comes_byte_for_byte(moe_checkpoint: Path, expected_blocks: ExpectedBlocks) -> None:
-    checkpoint = read_checkpoint(moe_checkpoint, "moe")
-    expected = expected_blocks(moe_checkpoint, "moe")
-    rows = list(range(len(checkpoint.manifest)))
-    found, checksums = fetch(checkpoint, rows)
-    assert found == [expected[key] for key in checkpoint.manifest.keys]
-    assert checksums == {row: xxhash.xxh3_128_digest(found[row]) for row in rows}
-
-
-def test_tensors_that_follow_each_other_in_file_and_block_are_one_read(tmp_path: Path) -> None:
-    shape = (16, 32)  # 1,024 bytes: no gap in the block, none in the file
-    names = [f"model.layers.0.mlp.experts.0.{name}.weight" for name in ("down_proj", "gate_proj", "up_proj")]
-    shapes = dict(zip(names, [(32, 16), shape, shape], strict=True))
-    save_file({name: np.ones(s, np.float16) for name, s in shapes.items()}, tmp_path / "model.safetensors")
-    checkpoint = read_checkpoint(tmp_path, "moe")
-    (run,) = runs_of(checkpoint.manifest.block(0).tensors)
-    assert (run.offset, run.nbytes) == (0, 3 * 1024)
-
-
-def test_positions_put_blocks_in_the_order_of_the_disk(moe_checkpoint: Path) -> None:
-    checkpoint = read_checkpoint(moe_checkpoint, "moe")
-    source = DiskSource(checkpoint)
-    rows = range(len(checkpoint.manifest))
-    by_position = sorted(rows, key=source.position)
-    first = {row: checkpoint.manifest.block(row).tensors[0] for row in rows}
-    assert by_position == sorted(rows, key=lambda row: (first[row].file, first[row].file_offset))
-
-
-def test_a_file_cut_short_after_its_header_was_read_is_named(spread: Path) -> None:
-    checkpoint = read_checkpoint(spread, "moe")
-    cut = checkpoint.path(1)
-    os.truncate(cut, cut.stat().st_size - 33)
-    with pytest.raises(CheckpointError, match=f"{cut.name} ends before byte") as error:
-        fetch(checkpoint, list(range(EXPERTS)))
-    assert "download it again" in str(error.value).lower()
-
-
-def test_a_file_that_is_gone_is_named(spread: Path) -> None:
-    checkpoint = read_checkpoint(spread, "moe")
-    checkpoint.path(2).unlink()
-    with pytest.raises(CheckpointError, match=f"{checkpoint.path(2).name} cannot be opened"):
-        fetch(checkpoint, [0])
-
-
-def test_a_file_that_cannot_be_read_is_named(spread: Path) -> None:
-    checkpoint = read_checkpoint(spread, "moe")
-    checkpoint.path(0).unlink()
-    checkpoint.path(0).mkdir()  # opens, and refuses to be read
-    with pytest.raises(CheckpointError, match=f"{checkpoint.path(0).name} cannot be read"):
-        fetch(checkpoint, [0])
-
-
-def descriptors(directory: Path) -> int:
+def descriptors(checkpoint: Checkpoint) -> int:
     links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-    return sum(os.path.realpath(link).startswith(f"{directory}/") for link in links)
+    return sum(os.path.realpath(link).startswith(f"{checkpoint.directory}/") for link in links)
 
 
-def test_closing_gives_every_file_up(spread: Path) -> None:
-    checkpoint = read_checkpoint(spread, "moe")
-    source = DiskSource(checkpoint)
-    into = bytearray(int(checkpoint.manifest.nbytes[0]))
-    assert source.read_block(0, memoryview(into)) == xxhash.xxh3_128_digest(into)
-    assert descriptors(spread) == 3
-    source.close()
-    assert descriptors(spread) == 0
+def test_a_disk_that_is_never_asked_is_never_opened_and_one_that_is_not_there_says_so() -> None:
+    def missing() -> Checkpoint:
+        raise CheckpointError("no such directory")
+
+    disk = Disk("disk", missing)
+    disk.close()
+    with pytest.raises(CheckpointError, match="no such directory"):
+        disk.fetch(batch_of(disk, [0]), destination_of(Places([0])))
 
 
-def test_local_memory_is_copied() -> None:
-    theirs, ours = np.arange(250, dtype=np.uint8), np.zeros(250, np.uint8)
-    copies = (Copy(ours.ctypes.data + 3, theirs.ctypes.data + 33, 77),)
-    assert LocalSource().fetch(Batch("local", (), copies, 77)) == {}
-    assert ours[3:80].tolist() == list(range(33, 110))
-    assert not ours[:3].any()
-    assert not ours[80:].any()
-
-
-def test_what_is_in_place_is_not_touched() -> None:
-    ours = np.arange(33, dtype=np.uint8)
-    copies = (Copy(ours.ctypes.data, 0, 33),)
-    assert InPlace().fetch(Batch("in place", (), copies, 33)) == {}
-    assert ours.tolist() == list(range(33))
+def test_what_the_disk_has_is_told_in_the_order_of_its_files_and_without_a_checksum(checkpoint: Checkpoint) -> None:
+    manifest = checkpoint.manifest
+    has = on_disk(manifest, range(len(manifest)))
+    first = {row: manifest.block(row).tensors[0] for row in has}
+    assert sorted(has, key=lambda row: has[row][0]) == sorted(has, key=lambda r: (first[r].file, first[r].file_offset))
+    assert {checksum for _, checksum in has.values()} == {None}

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from shm.errors import BlockUnavailable
+from shm.errors import ManifestError
 from shm.manifest import Manifest
 from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, host_and_port, quoted
-from transfer.client.whereabouts import Mapped, Replica
+from transfer.shard_map import Mapped, read_shard_map
 
 URLS_MAX = 1024  # nodes remembered
 ASK_THREADS_MAX = 16
@@ -92,16 +92,6 @@ class ControlPlane:
                 f"{url} keeps {document.get('model')} from another checkpoint: nothing is taken of it"
             )
         try:
-            return {
-                manifest.index(entry["layer"], entry["expert"]): Mapped(
-                    bytes.fromhex(entry["checksum"]),
-                    tuple(
-                        Replica(str(r["node_id"]), str(r["session_id"]), int(r["address"]))
-                        for r in entry["replicas"]
-                        if r["session_id"]
-                    ),
-                )
-                for entry in document["experts"]
-            }
-        except (KeyError, TypeError, ValueError, BlockUnavailable) as error:
-            raise NodeUnreachable(f"{url}: not a shard map: {error!r}") from error
+            return read_shard_map(document, manifest)
+        except ManifestError as error:
+            raise NodeUnreachable(f"{url}: {error}") from error

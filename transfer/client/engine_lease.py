@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from transfer.engine import MooncakeEngine, TransferEngine
+from transfer.engine import DisposableEngine, MooncakeEngine, TransferEngine
 from transfer.errors import EngineError
 
 _log = logging.getLogger("hotspare.restorer")
@@ -43,14 +43,25 @@ class EngineLease:
     def start(self) -> TransferEngine:
         """The engine, started if it was not yet. Raises EngineError."""
         if self.engine is None:
-            host = self._host or self._own_address()
             if self._lent is None:
-                self.engine = MooncakeEngine(host, self.transport)
+                engine = self.another()
+                assert engine.session_id  # it starts
+                self.engine = engine
             elif hasattr(self._lent, "batch_transfer_sync_read"):
-                self.engine = MooncakeEngine.wrap(self._lent, host)
+                self.engine = MooncakeEngine.wrap(self._lent, self._host or self._own_address())
             else:
                 self.engine = self._lent
         return self.engine
+
+    def another(self) -> DisposableEngine:
+        """One more engine like ours, for who needs one that can be thrown away; not started yet."""
+        host = self._host or self._own_address()
+        return DisposableEngine(lambda: MooncakeEngine(host, self.transport))
+
+    @property
+    def fence(self) -> Callable[[], None] | None:
+        """Sees to it that nothing which was given up on arrives any more; None for a lent engine, which goes on."""
+        return self.engine.fence if isinstance(self.engine, DisposableEngine) else None
 
     def _own_address(self) -> str:
         if self._suggested is not None and is_own_address(self._suggested):
@@ -72,11 +83,10 @@ class EngineLease:
             except EngineError as error:
                 _log.warning("%s", error)
 
-    def drop(self) -> bool:
-        """Throw our engine away, and with it whatever might still arrive; False for a lent one, which goes on."""
+    def drop(self) -> None:
+        """Throw our engine away, and with it whatever might still arrive; a lent one goes on."""
         if self.is_ours:
             self.engine, self._registered = None, []
-        return self.is_ours
 
 
 def is_own_address(host: str) -> bool:

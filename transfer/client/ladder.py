@@ -6,19 +6,32 @@ Each rung is a `transfer.restore.Restore` over what the rungs before it could no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from shm.attachment import Attachment, HeldBlock
+from shm.attachment import Attachment
+from shm.block import HeldBlock
 from transfer.checkpoint import Checkpoint
 from transfer.client.bound_slots import CPU, BoundSlots
 from transfer.client.report import Tally
-from transfer.client.sources import DiskSlots, LocalSlots, PeerSlots, SlotDestination, SlotSource, want_of
-from transfer.client.whereabouts import Mapped
 from transfer.engine import TransferEngine
-from transfer.plan import Offer
+from transfer.offers import Holder, offers
+from transfer.plan import Limits, Want
 from transfer.restore import Restore
-from transfer.sources import DiskSource, position_on_disk
+from transfer.shard_map import Mapped
+from transfer.slots.destination import SlotDestination
+from transfer.sources import (
+    LOCAL_LANES_MAX,
+    Disk,
+    HostMemory,
+    PeerMemory,
+    Source,
+    local_limits,
+    on_disk,
+    reading,
+)
 
 LOCAL, DISK = "local", "disk"
+PEER_BATCH_NBYTES = 96 << 20
 
 
 class Ladder:
@@ -31,19 +44,19 @@ class Ladder:
         self.tried: set[tuple[int, str]] = set()
         """(row, session) of the peers that were read from."""
         self.missing: dict[int, list[str]] = {row: [] for row in rows}
-        self.has_timed_out = False
-        """Whether bytes may still arrive in a slot."""
 
     def climb_local(self, attachment: Attachment, held: Mapping[int, HeldBlock]) -> None:
         """Take what an attached segment has."""
-        self._expected.update((row, block.checksum) for row, block in held.items())
         rows = [row for row in self.missing if row in held]
         if not rows:
             return
-        staging = None if self._bound.device == CPU or attachment.is_pinned(rows) else self._bound.staging
-        total = int(self._bound.manifest.nbytes[rows].sum())
-        source = LocalSlots(LOCAL, attachment, self._bound.memory, total, staging)
-        self._run(rows, {row: [Offer(LOCAL, held[row].address)] for row in rows}, [[source]])
+        bound = self._bound
+        stages_host = bound.device != CPU and not attachment.is_pinned(rows)
+        total, lanes = int(bound.manifest.nbytes[rows].sum()), max(2, min(LOCAL_LANES_MAX, bound.memory.lanes))
+        limits = Limits(nbytes=bound.staging.capacity) if stages_host else local_limits(total, lanes)
+        source = HostMemory(LOCAL, attachment, lanes=lanes, limits=limits)
+        self._expected.update((row, held[row].checksum) for row in rows)
+        self._run([Holder(source, held)], [[source]], rows, self._destination(stages_host=stages_host))
 
     def climb(
         self,
@@ -52,49 +65,61 @@ class Ladder:
         checkpoint: Callable[[], Checkpoint] | None,
         *,
         is_straight: bool,
+        fence: Callable[[], None] | None = None,
     ) -> bool:
         """Take from peers, and from the disk what no peer could give; False if nobody had anything new to offer.
 
         `checkpoint` is called, and its headers read, only if something is to come from it; raises CheckpointError.
+        `fence` ends what the engine was asked for and was given up on.
         """
-        offers: dict[int, list[Offer]] = {}
-        addresses: dict[tuple[str, str], dict[int, int]] = {}
-        for row in self.missing:
-            mapped = found.get(row)
-            if mapped is None or engine is None:
-                continue
-            for replica in mapped.replicas:
-                if self._expected.setdefault(row, mapped.checksum) != mapped.checksum:
-                    self.missing[row].append(f"{replica.node_id} has other content")
-                elif (row, replica.session_id) not in self.tried:
-                    self.tried.add((row, replica.session_id))
-                    name = f"{replica.node_id} ({replica.session_id})"
-                    addresses.setdefault((name, replica.session_id), {})[row] = replica.address
-                    offers.setdefault(row, []).append(Offer(name, replica.address))
-        bound = self._bound
-        peers = [
-            PeerSlots(name, session, held, engine, bound.memory, bound.table, bound.staging, is_straight=is_straight)
-            for (name, session), held in addresses.items()
-            if engine is not None
-        ]
-        tiers: list[Sequence[SlotSource]] = [peers]
+        peers = {} if engine is None else self._peers(found, engine)
+        holders = [Holder(source, has) for source, has in peers.items()]
+        tiers: list[Sequence[Source]] = [list(peers)]
         if checkpoint is not None:
-            tiers.append([DiskSlots(DISK, lambda: DiskSource(checkpoint(), DISK), bound.memory, bound.staging)])
-            for row in self.missing:
-                offers.setdefault(row, []).append(Offer(DISK, position_on_disk(bound.manifest, row)))
-        if offers:
-            self._run(list(offers), offers, tiers)
-        self.has_timed_out |= any(peer.timed_out for peer in peers)
-        return bool(offers)
+            disk = Disk(DISK, checkpoint, limits=Limits(nbytes=self._bound.staging.capacity))
+            holders.append(Holder(disk, on_disk(self._bound.manifest, self.missing)))
+            tiers.append([disk])
+        rows = [row for row in self.missing if any(row in has for _, has in holders)]
+        if rows:
+            self._run(holders, tiers, rows, self._destination(engine=engine, is_straight=is_straight), fence)
+        return bool(rows)
+
+    def _peers(
+        self, found: Mapping[int, Mapped], engine: TransferEngine
+    ) -> dict[PeerMemory, Mapping[int, tuple[int, bytes]]]:
+        """A source a session, with what is to be read from it for the first time."""
+        has: dict[tuple[str, str], dict[int, tuple[int, bytes]]] = {}
+        for row in self.missing:
+            for replica in found[row].replicas if row in found else ():
+                if (row, replica.session_id) not in self.tried:
+                    self.tried.add((row, replica.session_id))
+                    session = replica.node_id, replica.session_id
+                    has.setdefault(session, {})[row] = replica.address, found[row].checksum
+        limits = Limits(nbytes=min(self._bound.staging.capacity, PEER_BATCH_NBYTES))
+        return {
+            PeerMemory(f"{node} ({session})", reading(engine, session), limits=limits): blocks
+            for (node, session), blocks in has.items()
+        }
+
+    def _destination(self, **options: Any) -> SlotDestination:
+        bound = self._bound
+        return SlotDestination(bound.memory, bound.table, bound.staging, self._tally.tick, **options)
 
     def _run(
-        self, rows: Sequence[int], offers: Mapping[int, Sequence[Offer]], tiers: Sequence[Sequence[SlotSource]]
+        self,
+        holders: Sequence[Holder],
+        tiers: Sequence[Sequence[Source]],
+        rows: Sequence[int],
+        destination: SlotDestination,
+        fence: Callable[[], None] | None = None,
     ) -> None:
-        bound = self._bound
-        sizes = bound.manifest.nbytes[rows].tolist()
-        wants = [want_of(row, nbytes, self._expected.get(row)) for row, nbytes in zip(rows, sizes, strict=True)]
-        destination = SlotDestination(bound.memory, bound.table, self._tally.tick)
-        restore = Restore(wants, offers, tiers, destination, bound.manifest.keys.__getitem__)
+        manifest = self._bound.manifest
+        offered = offers(rows, holders, self._expected)
+        self._expected.update(offered.expected)
+        sizes = manifest.nbytes[rows].tolist()
+        wants = [Want(row, size, offered.expected.get(row)) for row, size in zip(rows, sizes, strict=True)]
+        keys = manifest.keys.__getitem__
+        restore = Restore(wants, offered.by_row, tiers, destination, keys, reasons=offered.reasons, fence=fence)
         self._tally.start_pass(restore.report)
         try:
             report = restore.run()
@@ -104,7 +129,7 @@ class Ladder:
                 self.missing[row].append(f"{type(error).__name__}: {error}")
             return
         self._tally.end_pass(report)
-        failed = {bound.manifest.index(*block.key): block.reason for block in report.failed}
+        failed = {manifest.index(*block.key): block.reason for block in report.failed}
         for row in rows:
             if row in failed:
                 self.missing[row].append(failed[row])

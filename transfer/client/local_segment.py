@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shm.attachment import Attachment, HeldBlock, attach
+from shm.attachment import Attachment, attach
+from shm.block import HeldBlock
 from shm.errors import HotspareError, SegmentError
 from shm.layout import SegmentState
 from shm.lookup import open_header

@@ -26,7 +26,7 @@ from transfer.client.local_segment import LocalSegment
 from transfer.client.registration import Registration
 from transfer.client.report import FailedExpert, Progress, SlotReport, Tally
 from transfer.client.whereabouts import URLS_ASKED_MAX, Search
-from transfer.engine import session_host
+from transfer.engine import DisposableEngine, session_host
 from transfer.errors import EngineError, RestoreError
 from transfer.push.table import consumer_document
 from transfer.slots import Slots
@@ -79,6 +79,8 @@ class Restorer:
         self._slots: Slots | None = None
         self._bound: BoundSlots | None = None
         self._registration: Registration | None = None
+        self._inbox: DisposableEngine | None = None
+        """What nodes write through while the slots are registered: of its own, so that it can be thrown away."""
         self._lock = threading.RLock()
 
     # -- binding ---------------------------------------------------------------------------------------------
@@ -172,17 +174,24 @@ class Restorer:
             bound = self._prepare(tally)
             if bound is None:
                 raise RestoreError(f"the model's manifest could not be had: {'; '.join(tally.notes)}")
-            engine = self._lease.start()
-            self._lease.register([(r.address, r.nbytes) for r in self._slots.ranges])
-            document = consumer_document(self._slots, bound.manifest, engine.session_id, ttl_s)
+            inbox = self._lease.another()
+            inbox.register([(r.address, r.nbytes) for r in self._slots.ranges])
+            document = consumer_document(self._slots, bound.manifest, inbox.session_id, ttl_s)
             self._registration = Registration(self._control, consumer_id, document)
+            self._inbox = inbox
 
     def unregister(self) -> None:
-        """End what `register` began. Once it returns, no node begins to write. Harmless without a registration."""
+        """End what `register` began. Once it returns no byte of the slots is written any more, whatever a node that was
+        paused does when it wakes: the transfer engine that took the writes is thrown away. Harmless without a
+        registration; raises TransferFailed where that engine is held by somebody.
+        """
         with self._lock:
             registration, self._registration = self._registration, None
+            inbox, self._inbox = self._inbox, None
             if registration is not None:
                 registration.end()
+            if inbox is not None:
+                inbox.drop()
 
     # -- restoring -------------------------------------------------------------------------------------------
 
@@ -233,11 +242,6 @@ class Restorer:
         tally.expect(len(rows), int(bound.manifest.nbytes[rows].sum()))
         ladder = Ladder(bound, rows, tally)
         tally.attempt(self._climb, ladder, bound, tally)
-        if ladder.has_timed_out and self._lease.drop():
-            bound.close(is_engine_gone=True)
-            self._bound = None
-            if (gone := self._registration) is not None:  # it names the engine that was thrown away
-                tally.attempt(self.register, gone.consumer_id, ttl_s=gone.ttl_s)
         missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
         return tally.finish(_failures(slots, missing))
 
@@ -258,7 +262,8 @@ class Restorer:
             self._open_engine(tally)
             checkpoint = partial(self._disk.of, bound.manifest) if attempt == 0 and self._disk.is_given else None
             is_straight = self._is_straight and self._lease.has_registered
-            if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=is_straight):
+            engine, fence = self._lease.engine, self._lease.fence
+            if not ladder.climb(found, engine, checkpoint, is_straight=is_straight, fence=fence):
                 break
 
     # -- finding things out ----------------------------------------------------------------------------------

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from shm.errors import HotspareError
 from shm.manifest import Manifest
+from transfer.shard_map import Mapped, Replica
 
 URLS_ASKED_MAX = 8  # for their maps, in one search
-
-
-class Replica(NamedTuple):
-    """Where a block is: `address` in the memory of that session's process."""
-
-    node_id: str
-    session_id: str
-    address: int
-
-
-class Mapped(NamedTuple):
-    """A block that nodes have, and its xxh3-128."""
-
-    checksum: bytes
-    replicas: tuple[Replica, ...]
 
 
 class Nodes(Protocol):
@@ -99,6 +85,6 @@ class Search:
         return told
 
     def _is_worth(self, row: int, replica: Replica) -> bool:
-        if replica.node_id in self._silent or (row, replica.session_id) in self._tried:
+        if not replica.session_id or replica.node_id in self._silent or (row, replica.session_id) in self._tried:
             return False
         return replica.node_id != self._own or row not in self._bad

@@ -82,9 +82,9 @@ class DisposableEngine:
         with self._use() as engine:
             engine.read(session_id, copies)
 
-    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
+    def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         with self._use() as engine:
-            engine.write(session_id, copies)
+            engine.write(session_id, copies, within_s)
 
     def fence(self) -> None:
         """Drop the engine if a transfer with it was given up on, which might still arrive. Raises as `drop` does."""

@@ -85,20 +85,19 @@ class Network:
 
     # -- moving ----------------------------------------------------------------------------------------------
 
-    def carry(self, transfer: _Transfer) -> None:
+    def carry(self, transfer: _Transfer, within_s: float | None = None) -> None:
         """Do a transfer, or what is to go wrong with it. Raises TransferFailed."""
+        timeout_s = min(TRANSFER_TIMEOUT_S, within_s or TRANSFER_TIMEOUT_S)
         with self._lock:
-            is_stopped = transfer.session_id in self._stopped
             is_failing = self._failing[transfer.session_id] > 0
             rate = self._nbytes_per_s.get(transfer.session_id)
+            takes_s = 0.0 if rate is None else transfer.nbytes / rate
+            is_stopped = transfer.session_id in self._stopped or takes_s > timeout_s
             if is_stopped:
                 self._late.append(transfer)
             elif is_failing:
                 self._failing[transfer.session_id] -= 1
-        if is_stopped:
-            self._sleep(TRANSFER_TIMEOUT_S)
-        elif rate is not None:
-            self._sleep(transfer.nbytes / rate)
+        self._sleep(timeout_s if is_stopped else takes_s)
         if is_stopped or is_failing or not self._move(transfer):
             raise TransferFailed(
                 f"{len(transfer.copies)} copies, {transfer.nbytes:,} bytes, with {transfer.session_id} failed",
@@ -155,9 +154,11 @@ class EngineDouble:
     def read(self, session_id: str, copies: Sequence[Copy]) -> None:
         self._carry(session_id, copies, into_peer=False)
 
-    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
-        self._carry(session_id, copies, into_peer=True)
+    def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
+        self._carry(session_id, copies, into_peer=True, within_s=within_s)
 
-    def _carry(self, session_id: str, copies: Sequence[Copy], *, into_peer: bool) -> None:
+    def _carry(
+        self, session_id: str, copies: Sequence[Copy], *, into_peer: bool, within_s: float | None = None
+    ) -> None:
         if cut := tuple(within_pieces(copies)):
-            self._network.carry(_Transfer(weakref.ref(self), session_id, cut, into_peer))
+            self._network.carry(_Transfer(weakref.ref(self), session_id, cut, into_peer), within_s)

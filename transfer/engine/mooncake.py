@@ -7,6 +7,7 @@ the defaults below are set before the import, and yield to what the user has set
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -88,12 +89,14 @@ class MooncakeEngine:
             raise EngineRefused(f"Mooncake would not unregister {len(addresses)} ranges (code {code})")
 
     def read(self, session_id: str, copies: Sequence[Copy]) -> None:
-        self._transfer(self._engine.batch_transfer_async_read, session_id, copies, ours="destination")
+        self._transfer(self._engine.batch_transfer_async_read, session_id, copies, "destination")
 
-    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
-        self._transfer(self._engine.batch_transfer_async_write, session_id, copies, ours="source")
+    def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
+        self._transfer(self._engine.batch_transfer_async_write, session_id, copies, "source", within_s)
 
-    def _transfer(self, submit: Any, session_id: str, copies: Sequence[Copy], ours: str) -> None:
+    def _transfer(
+        self, submit: Any, session_id: str, copies: Sequence[Copy], ours: str, within_s: float | None = None
+    ) -> None:
         """Every copy is a batch of its own: only of such a one can Mooncake be asked whether it is done."""
         started = time.monotonic()
         under_way, is_refused = [], False
@@ -104,7 +107,7 @@ class MooncakeEngine:
                 is_refused = True
                 break
             under_way.append(batch)
-        has_failed, timed_out = self._wait(under_way)
+        has_failed, timed_out = self._wait(under_way, math.inf if within_s is None else started + within_s)
         if is_refused or has_failed:
             nbytes, seconds = sum(copy.nbytes for copy in copies), time.monotonic() - started
             raise TransferFailed(
@@ -112,12 +115,12 @@ class MooncakeEngine:
                 timed_out=timed_out,
             )
 
-    def _wait(self, batches: Iterable[int]) -> tuple[bool, bool]:
+    def _wait(self, batches: Iterable[int], until_s: float) -> tuple[bool, bool]:
         """Until all have ended, whatever becomes of one, or none ends for too long: (has one failed, timed out)."""
         timeout_s = float(os.environ.get("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT_S))
         has_failed = timed_out = False
         for batch in batches:
-            deadline_s = time.monotonic() + timeout_s
+            deadline_s = min(until_s, time.monotonic() + timeout_s)
             while not (code := self._engine.transfer_check_status(batch)):
                 if time.monotonic() > deadline_s:
                     return True, True

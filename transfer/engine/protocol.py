@@ -46,8 +46,11 @@ class TransferEngine(Protocol):
         """Copy from the peer's memory into ours. All or nothing: raises TransferFailed."""
         ...
 
-    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
-        """Copy from our memory into the peer's. All or nothing: raises TransferFailed."""
+    def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
+        """Copy from our memory into the peer's, and give up after `within_s` if that is sooner than the engine would.
+
+        All or nothing: raises TransferFailed.
+        """
         ...
 
 

@@ -8,24 +8,20 @@ published blocks does not, and a buffer is lost, and not used again, when a tran
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from shm.checksum import checksum
-from shm.manifest import Manifest
 from transfer.engine import Copy, TransferEngine
 from transfer.errors import TransferFailed
-from transfer.memory import address_of
-from transfer.plan import Limits, split
+from transfer.plan import Limits, sliced, split
 from transfer.push.table import PushTable
 
-ITEM_NBYTES_MAX = 8 << 20  # TCP moves the items of a batch side by side
 READ_BACK_NBYTES = 16 << 20  # at a time: the first touch of memory takes longer than to read into it again
 FAILED_WRITES_MAX = 2  # with none in between that went well: then the consumer is given up
 BUFFERS_LOST_MAX = 8  # buffers that a stopped consumer may still reach, in the life of this process
@@ -49,25 +45,6 @@ class WriteFailed(TransferFailed):
         self.is_unsettled = is_unsettled
 
 
-class BlockMemory(Protocol):
-    """Published blocks in registered memory of ours: a `shm.segment.Segment` will do."""
-
-    @property
-    def manifest(self) -> Manifest: ...
-    def published(self) -> Any: ...
-    def checksum(self, row: int) -> bytes: ...
-    def block(self, row: int) -> memoryview: ...
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of the blocks of a push, by manifest row: the checksum that was verified, or why it was not sent."""
-
-    pushed: dict[int, bytes] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
-    is_corrupt: set[int] = field(default_factory=set)
-
-
 class Health:
     """Whether a consumer's memory answers, as all sources of one restore see it. Thread-safe."""
 
@@ -87,9 +64,9 @@ class Health:
                 self._reason = str(error)
 
     def check(self) -> None:
-        """Raises WriteFailed once nothing more should be tried."""
+        """Raises TransferFailed once nothing more should be tried."""
         if self._failures >= FAILED_WRITES_MAX:
-            raise WriteFailed(f"the consumer is given up: {self._reason}")
+            raise TransferFailed(f"the consumer is given up: {self._reason}", is_destination_gone=True)
 
     @property
     def error(self) -> str | None:
@@ -100,21 +77,33 @@ class Health:
 class Writer:
     """Writes blocks to where a table says, and reads them back and compares them if `read_back`. Thread-safe."""
 
-    def __init__(self, engine: TransferEngine, table: PushTable, *, read_back: bool) -> None:
+    def __init__(
+        self,
+        engine: TransferEngine,
+        table: PushTable,
+        *,
+        read_back: bool,
+        allowed_s: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        """`allowed_s` is asked before each transfer, for how many seconds it may go on; it raises what forbids it."""
         self.table = table
         self._engine = engine
         self._read_back = read_back
+        self._allowed_s = allowed_s
 
     def write(self, blocks: Sequence[tuple[int, int]]) -> dict[int, str]:
         """Write blocks, given as (manifest row, address); returns why those differ that did when read back.
 
         The blocks lie in registered memory. Raises WriteFailed; then any slot of them may be half-written.
         """
-        copies = {row: _sliced(self.table.copies(row, address)) for row, address in blocks}
-        self._transfer(self._engine.write, [copy for each in copies.values() for copy in each], "write to")
+        copies = {row: sliced(self.table.copies(row, address)) for row, address in blocks}
+        self._transfer(self._write, [copy for each in copies.values() for copy in each], "write to")
         if not self._read_back:
             return {}
         return dict.fromkeys(self._differing(copies), "it differs when read back")
+
+    def _write(self, session_id: str, call: Sequence[Copy]) -> None:
+        self._engine.write(session_id, call, self._allowed_s())
 
     def _differing(self, written: Mapping[int, Sequence[Copy]]) -> set[int]:
         """The rows of which the consumer's memory has not what was written to it."""
@@ -146,14 +135,6 @@ class Writer:
             ) from error
 
 
-def _sliced(copies: Iterable[Copy]) -> list[Copy]:
-    return [
-        Copy(to + at, source + at, min(ITEM_NBYTES_MAX, nbytes - at))
-        for to, source, nbytes in copies
-        for at in range(0, nbytes, ITEM_NBYTES_MAX)
-    ]
-
-
 @contextmanager
 def buffer(engine: TransferEngine, nbytes: int) -> Iterator[int]:
     """Registered memory of ours for a while: its address. Never used again if a transfer may still be under way."""
@@ -170,6 +151,10 @@ def buffer(engine: TransferEngine, nbytes: int) -> Iterator[int]:
     except WriteFailed as error:
         is_lost = error.is_unsettled
         raise
+    except TransferFailed as error:
+        is_lost = error.timed_out
+        # Late bytes of a peer land in the buffer, never at the consumer: to a restore this is a failure like any other.
+        raise TransferFailed(str(error)) from error
     finally:
         if is_lost:
             _lost.append(memory)
@@ -177,38 +162,6 @@ def buffer(engine: TransferEngine, nbytes: int) -> Iterator[int]:
             engine.unregister([piece])
 
 
-def push(memory: BlockMemory, writer: Writer, wanted: Mapping[int, bytes | None]) -> Outcome:
-    """Send published blocks: manifest row → the checksum it must have, None for the one on record here.
-
-    Blocks that are not published, or whose bytes are wrong, are not sent. Raises WriteFailed.
-    """
-    outcome = Outcome()
-    published = set(memory.published().tolist())
-    for row, expected in wanted.items():
-        reason = "it is not published here" if row not in published else _fault(memory, row, expected, outcome)
-        if reason is None:
-            outcome.pushed[row] = memory.checksum(row)
-        else:
-            outcome.failed[row] = reason
-    if outcome.pushed:
-        blocks = {row: memory.block(row) for row in outcome.pushed}  # and keep them mapped
-        try:
-            outcome.failed |= writer.write([(row, address_of(block)) for row, block in blocks.items()])
-        except WriteFailed as error:
-            if error.is_unsettled:
-                _still_read.update((id(block.obj), block) for block in blocks.values())
-            raise
-        still = set(memory.published().tolist())
-        outcome.failed |= {row: "it was withdrawn while it was sent" for row in outcome.pushed if row not in still}
-    outcome.pushed = {row: taken for row, taken in outcome.pushed.items() if row not in outcome.failed}
-    return outcome
-
-
-def _fault(memory: BlockMemory, row: int, expected: bytes | None, outcome: Outcome) -> str | None:
-    recorded = memory.checksum(row)
-    if expected is not None and recorded != expected:
-        return f"it has checksum {recorded.hex()} on record, not {expected.hex()}: it is of other content"
-    if checksum(memory.block(row)) != recorded:
-        outcome.is_corrupt.add(row)
-        return "its bytes do not match its checksum at the source: restore that node to mend it"
-    return None
+def keep_for_ever(views: Iterable[memoryview]) -> None:
+    """Keep memory mapped that a write which timed out may still read from."""
+    _still_read.update((id(each.obj), each) for each in views)

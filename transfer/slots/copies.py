@@ -31,11 +31,6 @@ class SlotCopy(NamedTuple):
     def nbytes(self) -> int:
         return self.rows * self.run_nbytes
 
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether it is one run, which a transfer engine or a memcpy can do in one go."""
-        return self.rows == 1
-
 
 def normalise(copy: SlotCopy) -> SlotCopy:
     """The same copy with rows that touch on both sides as one run."""

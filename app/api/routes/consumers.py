@@ -10,7 +10,15 @@ from fastapi import APIRouter, Path, Response
 from app.api.context import Context
 from app.api.current import CurrentContext
 from app.api.problems import problem_responses
-from app.documents import ConsumerDocument, ConsumerRequest, Consumers, PushDocument, PushRequest
+from app.documents import (
+    ConsumerDocument,
+    ConsumerRequest,
+    Consumers,
+    LeaseDocument,
+    LeaseRequest,
+    PushDocument,
+    PushRequest,
+)
 from app.restores.consumers import Consumer
 from app.restores.pushes import build_table
 
@@ -26,6 +34,7 @@ def _document(context: Context, consumer: Consumer) -> ConsumerDocument:
         node_id=context.node.settings.node_id,
         session_id=table.session_id,
         manifest_digest=consumer.manifest_digest,
+        epoch=consumer.epoch,
         blocks=len(table.rows),
         slots=table.slot_count,
         ranges=table.range_count,
@@ -61,6 +70,17 @@ def put_consumer(
 )
 def renew_consumer(context: CurrentContext, consumer_id: ConsumerId) -> ConsumerDocument:
     return _document(context, context.consumers.renew(consumer_id))
+
+
+@router.post(
+    "/consumers/{consumer_id}/lease",
+    summary="Between nodes: the right to write to it for a while",
+    responses=problem_responses(401, 404, 409, 422),
+)
+def lease_consumer(context: CurrentContext, consumer_id: ConsumerId, request: LeaseRequest) -> LeaseDocument:
+    """A node that was asked to push asks for this just before it writes, and again before its time runs out. While one
+    lasts, DELETE does not answer."""
+    return LeaseDocument(ttl_s=context.consumers.lease(consumer_id, request.epoch, request.push_id))
 
 
 @router.get("/consumers", summary="The engines registered with this node", responses=problem_responses(401))

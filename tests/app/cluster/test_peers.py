@@ -79,7 +79,7 @@ def test_a_map_of_another_manifest_is_refused(
 ) -> None:
     peer = odd_peer()
     peer.answers["GET /v1/shard-map"] = 200, orjson.dumps(shard_map(manifest) | {"manifest_digest": "33"})
-    with pytest.raises(ManifestError, match="p has manifest 33"):
+    with pytest.raises(ManifestError, match=r"p .*has manifest 33"):
         client.blocks(peer.url, "p", manifest)
 
 

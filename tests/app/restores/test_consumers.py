@@ -337,7 +337,9 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
     cluster: Callable[..., list[Any]], engine: Callable[..., Engine], wait_until: Callable[..., Any]
 ) -> None:
     (node,), rank = cluster(1, 1), engine([1, 2])
-    table = {name: value for name, value in rank.document.items() if name != "ttl_s"}
+    epoch = node.ask("PUT", "/v1/consumers/rank-0", json=rank.document).json()["epoch"]
+    lease = {"node_id": node.node_id, "consumer_id": "rank-0", "epoch": epoch, "push_id": "p33"}
+    table = {name: value for name, value in rank.document.items() if name != "ttl_s"} | {"lease": lease}
     checksums = {(e["layer"], e["expert"]): e["checksum"] for e in node.get("/v1/shard-map")["experts"]}
 
     def push(blocks: list[dict[str, Any]], **changes: Any) -> Any:
@@ -347,6 +349,9 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
     assert push([good | {"expert": 7, "checksum": checksums[3, 7]}]).status_code == 422  # no slot
     assert push([good | {"layer": 2}]).status_code == 404  # no such block
     assert push([good], ranges=[[1, 10]]).status_code == 422
+    assert push([good], lease=lease | {"node_id": "nobody"}).status_code == 422
+    assert push([good], lease=lease | {"epoch": epoch - 1}).status_code == 409
+    assert push([good], lease=lease | {"consumer_id": "rank-1"}).status_code == 404
     stale = push([good | {"checksum": "1" * 32}]).json()
     assert stale["pushed"] == []
     assert "it is of other content" in stale["failed"][0]["said"]

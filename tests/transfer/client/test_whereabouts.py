@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from shm.errors import HotspareError
-from transfer.client.whereabouts import URLS_ASKED_MAX, Mapped, Replica, Search
+from transfer.client.whereabouts import URLS_ASKED_MAX, Search
+from transfer.shard_map import Mapped, Replica
 
 MANIFEST: Any = None  # nothing here looks into it
 
@@ -81,3 +82,9 @@ def test_only_so_many_nodes_are_asked() -> None:
     nodes = Nodes({letter: {} for letter in "abcdefghijklmnop"})
     assert Search(nodes, MANIFEST).run([0]) == {}
     assert len(nodes.asked) == URLS_ASKED_MAX
+
+
+def test_a_replica_without_a_transfer_engine_is_of_no_use() -> None:
+    here = Mapped(b"3" * 16, (Replica("b", "", 33), Replica("c", "session of c", 33)))
+    nodes = Nodes({"a": {0: here, 1: here._replace(replicas=here.replicas[:1])}, "b": {}, "c": {}})
+    assert nodes_of(Search(nodes, MANIFEST).run([0, 1])) == {0: "c"}

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +21,12 @@ import numpy as np
 import pytest
 
 from tests.processes import pause, wait_until
-from transfer.engine import ITEMS_PER_BATCH_MAX, Copy, MooncakeEngine, TransferEngine, protocol
+from transfer.destination import Landing
+from transfer.engine import Copy, MooncakeEngine, TransferEngine, protocol
 from transfer.engine.double import EngineDouble, Network
 from transfer.errors import EngineRefused, TransferFailed
-from transfer.plan import Batch, Limits, Piece, Queue, Want
-from transfer.sources import PeerSource
+from transfer.plan import Batch, Limits, Piece, Want
+from transfer.sources import reading
 
 ROOT = Path(__file__).parents[3]
 HOST = "127.0.0.1"
@@ -362,38 +364,40 @@ def test_closing_what_is_not_open_is_refused(engine: TransferEngine) -> None:
     engine.unregister([])
 
 
-# -- in batches ----------------------------------------------------------------------------------------------
+# -- whole batches -------------------------------------------------------------------------------------------
 
 
-def scattered(count: int, destination: int, source: int) -> Queue:
-    """Blocks of 33 bytes that touch nowhere."""
-    queue = Queue()
-    for row in range(count):
-        queue.put(Want(row, 33, (Piece(destination + 40 * row, 0, 33),), None), source + 77 * row)
-    return queue
+class Scattered:
+    """A destination of blocks of 33 bytes, cut into single bytes or not, that touch nowhere."""
+
+    def __init__(self, memory: Bytes, pieces: int) -> None:
+        self._start = int(memory.ctypes.data)
+        self._pieces = pieces
+
+    def landings(self, wants: Sequence[Want], *, in_one_run: bool) -> Iterator[AbstractContextManager[Landing]]:
+        size = 33 // self._pieces
+        places = {
+            want.row: tuple(
+                Piece(self._start + 40 * want.row + (size + 1) * number, size * number, size)
+                for number in range(self._pieces)
+            )
+            for want in wants
+        }
+        yield nullcontext(Landing(places, lambda taken: taken))
 
 
-def test_more_items_than_the_engine_takes_at_once_go_through_in_batches(
-    engine: TransferEngine, peer: Peer, memory: Any
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_more_items_than_the_engine_takes_at_once_go_through_in_several_calls(
+    engine: TransferEngine, peer: Peer, memory: Any, pieces: int
 ) -> None:
-    ours = memory(3333 * 40)
-    queue = scattered(3333, ours.ctypes.data, peer.address)
-    source = PeerSource("peer", peer.session_id, engine)
-    batches = 0
-    while queue:
-        assert source.fetch(queue.cut(source, source.limits)) == {}
-        batches += 1
-    assert batches == -(-3333 // ITEMS_PER_BATCH_MAX)
-    for row in range(3333):
-        assert (ours[40 * row : 40 * row + 33] == peer.data[77 * row : 77 * row + 33]).all()
-
-
-def test_a_block_of_more_items_than_a_call_takes_is_sent_in_several(
-    engine: TransferEngine, peer: Peer, memory: Any
-) -> None:
-    ours = memory(3333 * 40)
-    copies = tuple(Copy(ours.ctypes.data + 40 * i, peer.address + 77 * i, 33) for i in range(3333))
-    PeerSource("peer", peer.session_id, engine).fetch(Batch("peer", (), copies, 3333 * 33))
-    for i in range(3333):
-        assert (ours[40 * i : 40 * i + 33] == peer.data[77 * i : 77 * i + 33]).all()
+    ours = memory(3333 * 40 + 3)
+    destination: Any = Scattered(ours, pieces)
+    wants = tuple(Want(row, 33, None) for row in range(3333))
+    addresses = tuple(peer.address + 77 * row for row in range(3333))
     assert Limits().items < 3333
+    assert reading(engine, peer.session_id)(Batch("peer", wants, addresses, 3333 * 33), destination) == {}
+    size = 33 // pieces
+    for row in range(3333):
+        for number in range(pieces):
+            at = 40 * row + (size + 1) * number
+            assert (ours[at : at + size] == peer.data[77 * row + size * number : 77 * row + size * (number + 1)]).all()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from tests.processes import processor_time
 from transfer.checkpoint import read_checkpoint
-from transfer.engine import Copy, MooncakeEngine
+from transfer.engine import Copy, MooncakeEngine, TransferEngine
 from transfer.errors import TransferFailed
-from transfer.plan import Batch
+from transfer.plan import Batch, Want
 from transfer.push import writer as writer_module
-from transfer.push.sources import DiskPush, MemoryPush, PushJob, want_of
+from transfer.push.destination import NOT_SENT, ConsumerDestination
 from transfer.push.table import FormCopy, PushTable, SlotBases, consumer_document
-from transfer.push.writer import Health, WriteFailed, Writer, buffer, push
+from transfer.push.writer import Health, WriteFailed, Writer, buffer
 from transfer.slots import Slots
-from transfer.sources import DiskSource
+from transfer.sources import Disk, HostMemory, PeerMemory, reading
 
 ROWS, COLS = 11, 13  # of the tiny manifest's matrices; a block is three of them in BF16, each aligned to 64 bytes
 NBYTES = ROWS * COLS * 2
@@ -81,6 +82,32 @@ def consumer(engines: tuple[MooncakeEngine, MooncakeEngine]) -> Iterator[Callabl
     yield make
     for each in made:
         each.close()
+
+
+@dataclass
+class Outcome:
+    """What became of the blocks of a push, by manifest row."""
+
+    pushed: Mapping[int, bytes]
+    failed: dict[int, str]
+    corrupt: list[int]
+
+
+def push(
+    segment: Segment,
+    engine: TransferEngine,
+    table: PushTable,
+    wanted: Mapping[int, bytes | None],
+    *,
+    read_back: bool = False,
+) -> Outcome:
+    """Send blocks of a segment, as a node does: row → the checksum it must have, None for the one on record."""
+    corrupt: list[int] = []
+    destination = ConsumerDestination(Writer(engine, table, read_back=read_back), engine, report_corrupt=corrupt.extend)
+    source = HostMemory("here", segment, kept_by=segment.mappings())
+    wants = tuple(Want(row, int(segment.manifest.nbytes[row]), checksum) for row, checksum in wanted.items())
+    pushed = source.fetch(Batch(source, wants, (), 0), destination)
+    return Outcome(pushed, {row: destination.reason(row) for row in wanted if row not in pushed}, corrupt)
 
 
 def table_of(document: dict[str, Any], manifest: Manifest) -> PushTable:
@@ -153,12 +180,12 @@ def test_every_slot_of_an_expert_gets_its_bytes_and_no_other_slot_is_touched(
     rank = consumer(segment.manifest, physical_to_logical=[placement, placement])
     table = table_of(rank.document, segment.manifest)
     rows = [segment.manifest.index(0, 3), segment.manifest.index(1, 3)]
-    outcome = push(segment, Writer(engines[0], table, read_back=True), dict.fromkeys(rows))
+    outcome = push(segment, engines[0], table, dict.fromkeys(rows), read_back=True)
     assert outcome.pushed == {row: segment.checksum(row) for row in rows}
     for name, tensor in rank.tensors.items():
         assert (tensor[1] == 7).all(), name
         assert (tensor[3] == 7).all(), name
-    push(segment, Writer(engines[0], table, read_back=False), dict.fromkeys(table.rows))
+    push(segment, engines[0], table, dict.fromkeys(table.rows))
     check(segment, rank.tensors, placement, (0, 1))
 
 
@@ -175,7 +202,7 @@ def test_a_tensor_parallel_rank_gets_its_rows_and_columns(
     placement = [4, 2]
     part = consumer(segment.manifest, physical_to_logical=[placement] * 2, tp_rank=rank, tp_size=3)
     table = table_of(part.document, segment.manifest)
-    outcome = push(segment, Writer(engines[0], table, read_back=True), dict.fromkeys(table.rows))
+    outcome = push(segment, engines[0], table, dict.fromkeys(table.rows), read_back=True)
     assert (len(outcome.pushed), outcome.failed) == (4, {})
     check(segment, part.tensors, placement, (rank, 3))
 
@@ -209,13 +236,13 @@ def test_a_block_is_verified_before_it_is_sent(holder: tuple[Segment, MooncakeEn
     segment.block(bad)[5] ^= 1
     segment.quarantine(withdrawn)
     wanted = {bad: None, withdrawn: None, other: bytes(16), good: segment.checksum(good)}
-    outcome = push(segment, Writer(engine, table, read_back=False), wanted)
+    outcome = push(segment, engine, table, wanted)
     assert list(outcome.pushed) == [good]
-    assert outcome.is_corrupt == {bad}
-    assert {row: said.split(":")[0].split(" not ")[0] for row, said in outcome.failed.items()} == {
-        bad: ["its bytes do", "match its checksum at the source"][0],
-        withdrawn: "it is",
-        other: f"it has checksum {segment.checksum(other).hex()} on record,",
+    assert outcome.corrupt == [bad]
+    assert outcome.failed == {
+        bad: "its bytes do not match its checksum at the source: restore that node to mend it",
+        withdrawn: NOT_SENT,
+        other: f"it has checksum {segment.checksum(other).hex()} on record, not {'00' * 16}: it is of other content",
     }
     assert memory[good].any()
     assert not memory[[bad, withdrawn, other]].any()
@@ -264,7 +291,7 @@ class Meddler:
     def read(self, session_id: str, copies: Sequence[Copy]) -> None:
         self._engine.read(session_id, copies)
 
-    def write(self, session_id: str, copies: Sequence[Copy]) -> None:
+    def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         if self.error is not None:
             raise self.error
         self._engine.write(session_id, copies)
@@ -288,8 +315,8 @@ def test_reading_back_finds_a_byte_that_did_not_arrive(
 
     meddler.after_write = spoil
     wanted = dict.fromkeys(table.rows)
-    assert push(segment, Writer(meddler, table, read_back=False), wanted).failed == {}
-    outcome = push(segment, Writer(meddler, table, read_back=True), wanted)
+    assert push(segment, meddler, table, wanted).failed == {}
+    outcome = push(segment, meddler, table, wanted, read_back=True)
     assert outcome.failed == {2: "it differs when read back"}
     assert meddler.registered == 0  # every buffer was given back
 
@@ -310,23 +337,22 @@ def test_a_segment_that_is_renewed_during_a_push_stays_mapped_while_it_may_be_re
 
     def withdraw(copies: Sequence[Copy]) -> None:
         engine.unregister([(address, nbytes)])
-        renewed = segment.renew()
+        segment.renew().unlink()
+        segment.close()  # nobody has it any more but the push
         assert is_mapped(address)
-        renewed.unlink()
         if is_unsettled:
             raise TransferFailed("late", timed_out=True)
 
     meddler.after_write = withdraw
-    writer = Writer(meddler, table, read_back=False)
     if is_unsettled:
         with pytest.raises(WriteFailed):
-            push(segment, writer, {1: None})
+            push(segment, meddler, table, {1: None})
+        assert is_mapped(address)
         kept.clear()
     else:
-        assert push(segment, writer, {1: None}).pushed == {1: segment.checksum(1)}
-    assert is_mapped(address), "for as long as somebody has the segment"
+        assert push(segment, meddler, table, {1: None}).failed == {1: NOT_SENT}
+    assert not is_mapped(address)
     assert memory[1].tobytes() == before
-    engine.register([(address, nbytes)])
 
 
 def is_mapped(address: int) -> bool:
@@ -340,14 +366,14 @@ def test_a_consumer_that_fails_twice_is_given_up_unless_something_went_well_betw
     segment, engine = holder
     table, _ = plain_table(segment.manifest)
     meddler = Meddler(engine)
-    job = PushJob(Writer(meddler, table, read_back=False))
-    source = MemoryPush("here", segment, job)
-    batch = Batch("here", (want_of(1, int(segment.manifest.nbytes[1]), segment.checksum(1)),), (), 0)
+    destination = ConsumerDestination(Writer(meddler, table, read_back=False), meddler)
+    source = HostMemory("here", segment)
+    batch = Batch(source, (Want(1, int(segment.manifest.nbytes[1]), segment.checksum(1)),), (), 0)
     failure = TransferFailed("1 copies failed")
 
     def fetch(error: TransferFailed | None) -> None:
         meddler.error = error
-        source.fetch(batch)
+        source.fetch(batch, destination)
 
     for error in (failure, None, failure, failure):
         if error is None:
@@ -355,9 +381,10 @@ def test_a_consumer_that_fails_twice_is_given_up_unless_something_went_well_betw
         else:
             with pytest.raises(WriteFailed, match=r"^write to .* is the process alive"):
                 fetch(error)
-    with pytest.raises(WriteFailed, match="given up"):
+    with pytest.raises(TransferFailed, match="given up") as gone:
         fetch(None)
-    assert job.health.error is None  # something was written to it
+    assert gone.value.is_destination_gone
+    assert destination.health.error is None  # something was written to it
 
 
 def test_a_consumer_to_which_nothing_could_be_written_is_told_from_one_that_was_never_tried() -> None:
@@ -380,14 +407,15 @@ def test_blocks_of_the_checkpoint_go_through_a_buffer_and_wrong_ones_are_not_sen
     manifest = checkpoint.manifest
     table, memory = plain_table(manifest)
     meddler = Meddler(engine)
-    job = PushJob(Writer(meddler, table, read_back=True))
-    source = DiskPush("disk", DiskSource(checkpoint), meddler, job)
-    wants = [want_of(row, int(manifest.nbytes[row]), None) for row in range(len(manifest))]
-    wants[7] = want_of(7, int(manifest.nbytes[7]), bytes(16))
-    pushed = source.fetch(Batch("disk", tuple(wants), (), 0))
+    destination = ConsumerDestination(Writer(meddler, table, read_back=True), meddler)
+    source = Disk("disk", lambda: checkpoint)
+    wants = [Want(row, int(manifest.nbytes[row]), None) for row in range(len(manifest))]
+    wants[7] = Want(7, int(manifest.nbytes[7]), bytes(16))
+    pushed = source.fetch(Batch(source, tuple(wants), (), 0), destination)
     source.close()
     assert len(pushed) == len(manifest) - 1
-    assert list(job.reasons) == [7]
+    with pytest.raises(BlockUnavailable, match="at its source: its file"):
+        destination.checksum(wants[7])
     assert meddler.registered == 0
     blocks = expected_blocks(moe_checkpoint)
     for row, key in enumerate(manifest.keys):
@@ -406,6 +434,38 @@ def test_a_buffer_of_a_transfer_that_timed_out_is_never_used_again_and_their_num
     with pytest.raises(TransferFailed, match="restart this node"), buffer(engine, 3333):
         pass
     engine.unregister([(np.frombuffer(memory, np.uint8).ctypes.data, 3333) for memory in lost])
+
+
+# -- peers -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_peer_may_also_be_read_and_written_on(
+    holder: tuple[Segment, MooncakeEngine],
+    engines: tuple[MooncakeEngine, MooncakeEngine],
+    plain_table: PlainTable,
+) -> None:
+    segment, between = holder[0], MooncakeEngine("127.0.0.1")
+    table, memory = plain_table(segment.manifest)
+    destination = ConsumerDestination(Writer(between, table, read_back=True), between)
+    peer = PeerMemory("peer", reading(between, holder[1].session_id))
+    rows = range(len(segment.manifest))
+    wants = tuple(Want(row, int(segment.manifest.nbytes[row]), segment.checksum(row)) for row in rows)
+    wants = (*wants[:3], wants[3]._replace(checksum=bytes(16)), *wants[4:])
+    pushed = peer.fetch(Batch(peer, wants, tuple(map(segment.address, rows)), 0), destination)
+    assert pushed == {row: segment.checksum(row) for row in rows if row != 3}
+    for row in rows:
+        assert memory[row].tobytes() == (bytes(len(memory[row])) if row == 3 else bytes(segment.block(row)))
+
+
+def test_late_bytes_of_a_peer_land_in_a_buffer_that_is_never_used_again(
+    engines: tuple[MooncakeEngine, MooncakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_lost", lost := [])
+    with pytest.raises(TransferFailed, match="gave up") as failed, buffer(engines[0], 3333):
+        raise TransferFailed("gave up", timed_out=True)
+    assert len(lost) == 1
+    assert not failed.value.timed_out, "nothing late reaches the consumer"
+    engines[0].unregister([(np.frombuffer(lost[0], np.uint8).ctypes.data, 3333)])
 
 
 # -- what a table may not say ----------------------------------------------------------------------------------

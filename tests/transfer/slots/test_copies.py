@@ -39,7 +39,7 @@ def test_gather_undoes_apply(rows: int, nbytes: int, gap: int, to_gap: int, star
     block = np.random.default_rng(7).integers(0, 256, start + rows * (nbytes + gap), np.uint8)
     to = np.zeros(rows * (nbytes + to_gap), np.uint8)
     copy = normalise(SlotCopy(start, to.ctypes.data, rows, nbytes, nbytes + gap, nbytes + to_gap, 0))
-    assert copy.is_contiguous == (rows == 1 or gap == to_gap == 0)
+    assert (copy.rows == 1) == (rows == 1 or gap == to_gap == 0)
     apply_copies(block.tobytes(), [copy])
     assert holds_copies(block, [copy])
     back = bytearray(block.nbytes)
