@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shm.errors import HotspareError
+from app.errors import Conflict
 
 LEASE_S = 5.0  # of one grant; a push takes a second, and asks again if it takes longer
 MARGIN_S = 1.0  # that the granting side waits longer: for the transfer begun last, which its writer then gives up
 
 
-class LeaseEnded(HotspareError):
+class LeaseEnded(Conflict):
     """The time to write has run out."""
 
 

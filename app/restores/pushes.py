@@ -29,7 +29,7 @@ from shm.block import ExpertKey
 from shm.errors import InvalidInput
 from shm.manifest import Manifest
 from transfer.checkpoint import Checkpoint
-from transfer.client.http import NodeRefused, quoted
+from transfer.client.http import NodeRefused, NodeUnreachable, quoted
 from transfer.destination import Destination
 from transfer.engine import TransferEngine, session_host
 from transfer.errors import NothingToRestore
@@ -131,12 +131,17 @@ class PushDesk:
             self._places.release()
 
     def _ask_lease(self, lease: PushLease) -> float:
-        """Seconds for which the consumer's node lets us write. Raises InvalidInput, NodeUnreachable or NodeRefused."""
+        """Seconds for which the consumer's node lets us write. Raises InvalidInput, Conflict, or PeerFailed."""
         if lease.node_id == self._node.settings.node_id:
             return self._consumers.lease(lease.consumer_id, lease.epoch, lease.push_id)
         url = f"{self._node.cluster.url(lease.node_id)}/v1/consumers/{quoted(lease.consumer_id)}/lease"
         body = {"epoch": lease.epoch, "push_id": lease.push_id}
-        return parsed(LeaseDocument, self._client.request("POST", url, json=body)).ttl_s
+        try:
+            return parsed(LeaseDocument, self._client.request("POST", url, json=body)).ttl_s
+        except NodeRefused as error:
+            raise Conflict(f"the consumer's node gives no leave to write: {error}") from error
+        except NodeUnreachable as error:
+            raise PeerFailed(f"the consumer's node cannot be asked for leave to write: {error}") from error
 
     def _push(self, holding: Holding, writer: Writer, wants: tuple[Want, ...]) -> PushDocument:
         source, keys = _own_memory(holding), holding.manifest.keys

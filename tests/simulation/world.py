@@ -29,7 +29,7 @@ from app.node.upkeep import RETRY_INTERVAL_S, Seen, Task, Upkeep
 from shm.block import ExpertKey
 from transfer.errors import TransferFailed
 from transfer.ledger import Arrived, Ledger
-from transfer.plan import Batch, Limits, Offer, Piece, Want
+from transfer.plan import Batch, Limits, Offer, Want
 from transfer.standing import Party
 
 PEERS = 3
@@ -208,7 +208,7 @@ class World:
         tiers = {PeerState.ALIVE: 0, PeerState.SUSPECT: 1}
         usable = [p for p in self.membership.peers(self.now) if p.state in tiers and p.report is not None]
         parties = {p.node_id: Party(p.node_id, tiers[p.state], 1, Limits(nbytes=2 * NBYTES)) for p in usable}
-        wants = [Want(key.expert, NBYTES, (Piece(0, 0, NBYTES),), RIGHT) for key in task.experts]
+        wants = [Want(key.expert, NBYTES, RIGHT) for key in task.experts]
         offers = {want.row: [Offer(name, want.row * NBYTES) for name in parties] for want in wants}
         self.ledger = Ledger(wants, offers, parties)
         self._obey()

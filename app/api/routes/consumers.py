@@ -107,7 +107,7 @@ def delete_consumer(context: CurrentContext, consumer_id: ConsumerId) -> None:
 @router.post(
     "/pushes",
     summary="Between nodes: write blocks held here into a consumer's memory",
-    responses=problem_responses(401, 404, 409, 413, 422, 429, 503),
+    responses=problem_responses(401, 404, 409, 413, 422, 429, 502, 503),
 )
 def push_blocks(context: CurrentContext, request: PushRequest) -> PushDocument:
     """Each block is verified before it is sent. Answers when the bytes are in place, or why they are not."""

@@ -15,8 +15,8 @@ from shm.layout import SegmentName
 from shm.segment import Segment
 from tests.processes import DEADLINE_S, ROOT, Child, Zygote, start_anew
 from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.reader import BlockReader
 from transfer.checkpoint.synth import write_checkpoint
-from transfer.sources import DiskSource
 
 MODEL = "org/cli-model"
 Ran = subprocess.CompletedProcess[str]
@@ -120,7 +120,7 @@ def make_segment(checkpoint: Path, namespace: str) -> Iterator[Callable[..., Seg
         owned.append(segment := Segment.claim(SegmentName(namespace, MODEL, node)))
         rows = range(len(opened.manifest))
         segment.allocate(opened.manifest, rows)
-        disk = DiskSource(opened)
+        disk = BlockReader(opened)
         for row in rows:
             segment.publish(row, disk.read_block(row, segment.block(row)))
             assert segment.checksum(row) == checksum(segment.block(row))

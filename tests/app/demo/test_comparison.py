@@ -11,8 +11,8 @@ from shm.attachment import attach
 from shm.layout import SegmentName
 from shm.segment import Segment
 from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.reader import BlockReader
 from transfer.checkpoint.synth import write_checkpoint
-from transfer.sources import DiskSource
 
 
 def test_the_comparison_sees_one_byte_a_lost_tensor_and_one_that_is_no_experts(tmp_path: Path, namespace: str) -> None:
@@ -23,7 +23,7 @@ def test_the_comparison_sees_one_byte_a_lost_tensor_and_one_that_is_no_experts(t
     segment = Segment.claim(name)
     try:
         segment.allocate(opened.manifest, range(len(opened.manifest)))
-        disk = DiskSource(opened)
+        disk = BlockReader(opened)
         for row in range(len(opened.manifest)):
             segment.publish(row, disk.read_block(row, segment.block(row)))
         disk.close()

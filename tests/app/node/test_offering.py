@@ -1,49 +1,58 @@
-"""Who a node takes blocks from, and in which order, out of what its peers say that they have."""
+"""Who has the blocks that a node wants, nearest first, and whose word on their checksums is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from app.cluster.cluster import Cluster
-from app.cluster.membership import Membership, NodeReport
+from app.cluster.membership import PeerState
 from app.cluster.peers import PeerBlocks
 from app.cluster.placement import Placement
 from app.node.holding import Holding
 from app.node.offering import DISK, offer
 from app.node.proofs import Proofs
+from shm.layout import SegmentName
 from shm.manifest import Manifest
 from shm.segment import Segment
+from transfer.offers import Offers
 from transfer.sources import Disk, HostMemory, PeerMemory, Source
 
-OTHER = b"o" * 16
-Has = Mapping[int, tuple[int, bytes]]
+GOOD, OTHER = b"g" * 16, b"o" * 16
+ROWS = (3, 7)
+OWN = "in place"
+
+
+class View:
+    """What a cluster says of peers: node → what it has of the rows; all of them alive but those named."""
+
+    def __init__(self, holdings: dict[str, dict[int, bytes]], suspect: tuple[str, ...] = ()) -> None:
+        self._holdings, self._suspect = holdings, suspect
+
+    def holdings(self) -> dict[str, PeerBlocks]:
+        return {
+            node: PeerBlocks(
+                f"{node}:15333", "7", {row: (ord(node[1]) * 1000 + row, said) for row, said in has.items()}
+            )
+            for node, has in self._holdings.items()
+        }
+
+    def peers(self) -> list[Any]:
+        state = {True: PeerState.SUSPECT, False: PeerState.ALIVE}
+        return [SimpleNamespace(node_id=node, state=state[node in self._suspect]) for node in self._holdings]
 
 
 @pytest.fixture
-def holding(sealed: Callable[..., Segment], make_manifest: Callable[..., Manifest]) -> Holding:
-    """A node that has all ten blocks."""
+def holding(namespace: str, make_manifest: Callable[..., Manifest]) -> Iterator[Holding]:
+    """Of a node that holds nothing yet."""
     manifest = make_manifest()
-    segment = sealed("n0", manifest)
-    placement = Placement.compute(manifest, ("n0",), 1)
-    return Holding("n0", segment, manifest, placement, bytes(16), None, Proofs(len(manifest)), ())
-
-
-def cluster(holding: Holding, has: Mapping[str, Has], silent: str = "") -> Cluster:
-    """Peers that said what they have; those named `silent` have failed since."""
-    seen = Cluster(Membership({name: f"http://{name}" for name in has}, model="tiny", namespace="default"), lambda: 1.0)
-    seen.use_manifest(holding.manifest, "d", holding.content_digest)
-    for name, blocks in has.items():
-        report = NodeReport(
-            name, "tiny", "default", "ready", holding.manifest.digest, holding.content_digest, f"{name}:1", "1"
-        )
-        seen.answered(name, report, asked_at=0.0)
-        seen.holds(name, report, holding.manifest, PeerBlocks(f"{name}:1", "1", blocks))
-        if name in silent:
-            seen.failed(name, "silence", asked_at=0.5)
-    return seen
+    segment = Segment.claim(SegmentName(namespace, manifest.model, "n0"))
+    segment.allocate(manifest, range(len(manifest)))
+    placement = Placement.compute(manifest, ("n0", "n1", "n2"), 3)
+    yield Holding("n0", segment, manifest, placement, bytes(16), None, Proofs(len(manifest)), ())
+    segment.close()
 
 
 def reach(node_id: str, held: PeerBlocks) -> PeerMemory:
@@ -53,43 +62,71 @@ def reach(node_id: str, held: PeerBlocks) -> PeerMemory:
     return PeerMemory(node_id, never)
 
 
+def disk() -> Disk:
+    def never() -> Any:
+        raise AssertionError("nothing is read here")
+
+    return Disk(DISK, never)
+
+
+def offered(
+    holding: Holding, view: View, *, peers: bool = True, with_disk: Disk | None = None
+) -> tuple[list[list[Source]], Offers]:
+    own = HostMemory(OWN, holding.segment)
+    return offer(holding, ROWS, view, own, reach if peers else None, with_disk)  # type: ignore[arg-type]
+
+
+def told(found: Offers) -> dict[int, list[tuple[str, int]]]:
+    return {row: [(o.source.name, o.address) for o in each] for row, each in found.by_row.items()}  # type: ignore[attr-defined]
+
+
 def names(tiers: list[list[Source]]) -> list[list[str]]:
     return [[source.name for source in tier] for tier in tiers]
 
 
-def test_our_own_memory_then_peers_then_the_disk_then_peers_that_are_silent(holding: Holding) -> None:
-    row = 3
-    same = {row: (33, holding.segment.checksum(row))}
-    seen = cluster(holding, {"p": same, "q": same}, silent="q")
-    own, disk = HostMemory("own", holding.segment), Disk(DISK, lambda: None)  # type: ignore[arg-type, return-value]
-    tiers, offered = offer(holding, [row], seen, own, reach, disk)
-    assert names(tiers) == [["own"], ["p"], [DISK], ["q"]]
-    assert [each.source.name for each in offered.by_row[row]] == ["own", "p", "q", DISK]  # type: ignore[attr-defined]
-    assert offered.expected == {row: holding.segment.checksum(row)}
+def test_replicas_that_agree_are_all_offered_and_their_checksum_is_expected(holding: Holding) -> None:
+    _, found = offered(holding, View({"n1": {3: GOOD, 7: OTHER}, "n2": {3: GOOD}}))
+    assert told(found) == {3: [("n1", 49003), ("n2", 50003)], 7: [("n1", 49007)]}
+    assert found.expected == {3: GOOD, 7: OTHER}
 
 
-def test_a_peer_with_other_content_than_our_record_is_left_aside_and_named_in_the_log(
+def test_replicas_that_disagree_are_taken_from_nobody_and_said(
     holding: Holding, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seen = cluster(holding, {"p": {3: (33, OTHER), 4: (33, OTHER)}})
-    _, offered = offer(holding, [3, 4], seen, HostMemory("own", holding.segment), reach, None)
-    assert [each.source.name for each in offered.by_row[3]] == ["own"]  # type: ignore[attr-defined]
-    assert "2 blocks of p are left aside" in caplog.text
+    _, found = offered(holding, View({"n1": {3: GOOD, 7: GOOD}, "n2": {3: OTHER, 7: GOOD}}))
+    assert told(found) == {3: [], 7: [("n1", 49007), ("n2", 50007)]}
+    assert found.expected == {7: GOOD}
+    assert "1 blocks of n1 are left aside: replicas disagree" in caplog.text
+    assert "1 blocks of n2 are left aside: replicas disagree" in caplog.text
+
+
+def test_a_checksum_on_record_here_says_which_of_them_is_right(holding: Holding) -> None:
+    holding.segment.publish(3, OTHER)
+    holding.segment.quarantine(3)
+    _, found = offered(holding, View({"n1": {3: GOOD}, "n2": {3: OTHER}}))
+    assert told(found) == {3: [("n2", 50003)], 7: []}
+    assert found.expected == {3: OTHER}
+
+
+def test_our_own_memory_comes_first_then_peers_then_the_disk_then_peers_that_were_silent(holding: Holding) -> None:
+    holding.segment.publish(7, GOOD)
+    view = View({"n1": {7: GOOD}, "n2": {7: GOOD}}, suspect=("n1",))
+    tiers, found = offered(holding, view, with_disk=disk())
+    assert names(tiers) == [[OWN], ["n2"], [DISK], ["n1"]]
+    assert [name for name, _ in told(found)[7]] == [OWN, "n1", "n2", DISK]
+
+
+def test_peers_are_not_asked_where_only_the_disk_is_wanted(holding: Holding) -> None:
+    tiers, found = offered(holding, View({"n1": {3: GOOD}}), peers=False)
+    assert names(tiers) == [[OWN], [], []]
+    assert (told(found), found.expected) == ({3: [], 7: []}, {})
 
 
 def test_a_node_that_is_called_disk_does_not_hide_the_disk(holding: Holding) -> None:
-    seen = cluster(holding, {DISK: {3: (33, holding.segment.checksum(3))}})
-    holding.segment.quarantine(3)
-    disk = Disk(DISK, lambda: None)  # type: ignore[arg-type, return-value]
-    tiers, offered = offer(holding, [3], seen, HostMemory("own", holding.segment), reach, disk)
-    node, on_disk = (each.source for each in offered.by_row[3])
-    assert node is not on_disk
-    assert on_disk is disk
-    assert [tier for tier in tiers if node in tier] != [tier for tier in tiers if disk in tier]
-
-
-def test_without_a_way_to_reach_them_no_peer_is_asked(holding: Holding) -> None:
-    seen = cluster(holding, {"p": {3: (33, holding.segment.checksum(3))}})
-    tiers, offered = offer(holding, [3], seen, HostMemory("own", holding.segment), None, None)
-    assert names(tiers) == [["own"], [], []]
-    assert len(offered.by_row[3]) == 1
+    ours = disk()
+    tiers, found = offered(holding, View({DISK: {3: GOOD}}), with_disk=ours)
+    node, on_disk = (each.source for each in found.by_row[3])
+    assert on_disk is ours
+    assert node is not ours
+    assert [ours in tier for tier in tiers] == [False, False, True, False]
+    assert [node in tier for tier in tiers] == [False, True, False, False]

@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -367,6 +369,36 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
     wait_until(lambda: push([good]).json()["pushed"], "mended")
     rank.child.kill()
     assert "is the process alive" in push([good]).json()["consumer_error"]
+
+
+def test_a_node_that_wakes_up_writes_to_nobody_who_was_told_that_nothing_writes_there(
+    cluster: Callable[..., list[Any]], engine: Callable[..., Engine]
+) -> None:
+    """The request waited in its socket while it was paused; the registration ended, and DELETE had answered."""
+    (first, second), rank = cluster(2, 2), engine([1, 2])
+    epoch = put(first, rank.document).json()["epoch"]
+    lease = {"node_id": first.node_id, "consumer_id": "rank-0", "epoch": epoch, "push_id": "p33"}
+    table = {name: value for name, value in rank.document.items() if name != "ttl_s"} | {"lease": lease}
+    checksums = {(e["layer"], e["expert"]): e["checksum"] for e in second.get("/v1/shard-map?scope=node")["experts"]}
+    blocks, others = ([{"layer": 3, "expert": e, "checksum": checksums[3, e]}] for e in (1, 2))
+    assert second.ask("POST", "/v1/pushes", json=table | {"blocks": blocks}).json()["pushed"]
+    assert rank.found() == (1, 5)
+    second.pause()
+
+    def push_others() -> None:
+        with suppress(httpx.HTTPError):  # a node may close a connection that was idle for so long
+            httpx.post(f"{second.url}/v1/pushes", json=table | {"blocks": others}, timeout=60, trust_env=False)
+
+    asking = threading.Thread(target=push_others)
+    asking.start()
+    assert first.ask("DELETE", "/v1/consumers/rank-0").status_code == 204
+    second.resume()
+    asking.join(60)
+    assert rank.found() == (1, 5)
+    assert second.ask("POST", "/v1/pushes", json=table | {"blocks": blocks}).status_code == 409
+    put(first, rank.document)
+    assert second.ask("POST", "/v1/pushes", json=table | {"blocks": blocks}).status_code == 409, "of another epoch"
+    assert rank.found() == (1, 5)
 
 
 # -- the store -------------------------------------------------------------------------------------------------
