@@ -10,6 +10,7 @@ import http.server
 import mmap
 import os
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -105,17 +106,24 @@ class Trio:
         return restore_id
 
 
+def has_scrubbed(daemon: Any) -> bool:
+    found = re.search(r'^hotspare_scrubbed_blocks_total{found="right"} (\S+)', daemon.ask("GET", "/metrics").text, re.M)
+    return found is not None and float(found[1]) > 0
+
+
 @pytest.fixture
 def trio(
     serve: Callable[..., Any], ports: dict[str, int], moe_checkpoint: Path, wait_until: Callable[..., Any]
 ) -> Iterator[Trio]:
     three = {node: ports[node] for node in ("n0", "n1", "n2")}
-    options: dict[str, Any] = {"checkpoint": moe_checkpoint, "replicas": 3, "env": QUICK}
+    options: dict[str, Any] = {"checkpoint": moe_checkpoint, "replicas": 3, "env": QUICK, "scrub_rate": 1}
     bad, good = (serve(node, three, fill="disk", **options).wait_ready() for node in ("n0", "n1"))
     echo = Echo(three["n0"])
     target = serve("n2", {**three, "n0": echo.port}, fill="none", **options).wait_live()
     try:
         wait_until(lambda: knows(target, "n0", "n1", replicas=2), "the target has both maps")
+        for node in (bad, good):
+            wait_until(lambda node=node: has_scrubbed(node), f"{node.node_id} has proved a block, and rests for days")
         warm = target.wait_restore(target.restore(experts=[{"layer": 3, "expert": e} for e in (0, 1)]))
         assert warm["state"] == "succeeded", warm  # and the engine has a connection to both
         yield Trio(bad, good, target, three, echo, wait_until)
