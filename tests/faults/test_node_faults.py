@@ -26,6 +26,7 @@ from shm import ExpertKey, attach, posix
 from shm.errors import SegmentUnsealed
 from shm.layout import BlockState, SegmentName
 from shm.segment import Segment
+from tests.processes import DEADLINE_S
 from transfer.checkpoint import read_checkpoint
 
 Blocks = Mapping[ExpertKey, bytes]
@@ -54,14 +55,17 @@ class Echo:
     """
 
     def __init__(self, port: int) -> None:
-        self.is_frozen = False
+        self._is_frozen = False
+        self._asking = threading.Lock()
         said: dict[str, bytes] = {}
         echo = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if not echo.is_frozen or self.path not in said:
-                    said[self.path] = httpx.get(f"http://127.0.0.1:{port}{self.path}", trust_env=False).content
+                with echo._asking:
+                    if not echo._is_frozen:
+                        answer = httpx.get(f"http://127.0.0.1:{port}{self.path}", trust_env=False, timeout=DEADLINE_S)
+                        said[self.path] = answer.content
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(said[self.path])))
                 self.end_headers()
@@ -74,6 +78,11 @@ class Echo:
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
+
+    def freeze(self) -> None:
+        """Ask the node no more: once this returns, no question is on its way to it either."""
+        with self._asking:
+            self._is_frozen = True
 
     def close(self) -> None:
         self._server.shutdown()
@@ -94,7 +103,7 @@ class Trio:
 
     def catch(self) -> str:
         """Start a restore of all of n2 and stop n0 in the middle of it; the restore's id."""
-        self._echo.is_frozen = True
+        self._echo.freeze()
         self.bad.pause()
         restore_id = str(self.target.restore(sources=["peer"]))
 
