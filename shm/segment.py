@@ -259,11 +259,13 @@ class Segment:
     def mend(self) -> Damage:
         """Write anew what is damaged of all that leads to the blocks, and say what was. The blocks are not looked at.
 
-        For any thread, until the segment is given up.
+        For any thread, whatever others do with the segment; one that has no content, or is given up, has no damage.
         """
-        manifests = Twin("manifest", self.manifest.to_bytes(), MANIFEST_OFFSET)
         with self._heading:
-            parts = [] if self._fd < 0 else self._header_pages().mend(self._fd) + manifests.mend(self._fd)
+            if self._fd < 0 or self._manifest is None:
+                return Damage()
+            manifests = Twin("manifest", self._manifest.to_bytes(), MANIFEST_OFFSET)
+            parts = self._header_pages().mend(self._fd) + manifests.mend(self._fd)
         return Damage(tuple(parts), tuple(self._table.mend().tolist()))
 
     # -- what is there ---------------------------------------------------------------------------------------

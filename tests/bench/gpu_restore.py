@@ -33,7 +33,7 @@ from transfer import Restorer, plan, sources
 from transfer.client import ladder
 from transfer.cuda import checksum as device_checksum
 from transfer.cuda import slots as device_slots
-from transfer.engine import Copy, MooncakeEngine
+from transfer.engine import Copy, DisposableEngine, MooncakeEngine
 from transfer.engine.protocol import within_pieces
 from transfer.slots import Slots, staging
 
@@ -401,8 +401,10 @@ def remote_figures(
         wrong = differing(held, right, layers, shape)
         print(f"{'tensors that differ from the files':<56} {wrong:8d}", flush=True)
         assert not wrong
-        bound, engine = restorer._bound, restorer._lease.engine
+        bound, disposable = restorer._bound, restorer._lease.engine
         assert bound is not None
+        assert isinstance(disposable, DisposableEngine)
+        engine = disposable._engine  # what reads for the restorer, until it is thrown away
         assert isinstance(engine, MooncakeEngine)
         found = restorer._control.shard_map(url, bound.manifest)
         replicas = {row: next(r for r in mapped.replicas if r.node_id == "node-1") for row, mapped in found.items()}

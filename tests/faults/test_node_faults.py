@@ -10,6 +10,7 @@ import http.server
 import mmap
 import os
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from shm import ExpertKey, attach, posix
 from shm.errors import SegmentUnsealed
 from shm.layout import BlockState, SegmentName
 from shm.segment import Segment
+from tests.processes import DEADLINE_S
 from transfer.checkpoint import read_checkpoint
 
 Blocks = Mapping[ExpertKey, bytes]
@@ -53,14 +55,17 @@ class Echo:
     """
 
     def __init__(self, port: int) -> None:
-        self.is_frozen = False
+        self._is_frozen = False
+        self._asking = threading.Lock()
         said: dict[str, bytes] = {}
         echo = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if not echo.is_frozen or self.path not in said:
-                    said[self.path] = httpx.get(f"http://127.0.0.1:{port}{self.path}", trust_env=False).content
+                with echo._asking:
+                    if not echo._is_frozen:
+                        answer = httpx.get(f"http://127.0.0.1:{port}{self.path}", trust_env=False, timeout=DEADLINE_S)
+                        said[self.path] = answer.content
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(said[self.path])))
                 self.end_headers()
@@ -73,6 +78,11 @@ class Echo:
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
+
+    def freeze(self) -> None:
+        """Ask the node no more: once this returns, no question is on its way to it either."""
+        with self._asking:
+            self._is_frozen = True
 
     def close(self) -> None:
         self._server.shutdown()
@@ -93,7 +103,7 @@ class Trio:
 
     def catch(self) -> str:
         """Start a restore of all of n2 and stop n0 in the middle of it; the restore's id."""
-        self._echo.is_frozen = True
+        self._echo.freeze()
         self.bad.pause()
         restore_id = str(self.target.restore(sources=["peer"]))
 
@@ -105,17 +115,24 @@ class Trio:
         return restore_id
 
 
+def has_scrubbed(daemon: Any) -> bool:
+    found = re.search(r'^hotspare_scrubbed_blocks_total{found="right"} (\S+)', daemon.ask("GET", "/metrics").text, re.M)
+    return found is not None and float(found[1]) > 0
+
+
 @pytest.fixture
 def trio(
     serve: Callable[..., Any], ports: dict[str, int], moe_checkpoint: Path, wait_until: Callable[..., Any]
 ) -> Iterator[Trio]:
     three = {node: ports[node] for node in ("n0", "n1", "n2")}
-    options: dict[str, Any] = {"checkpoint": moe_checkpoint, "replicas": 3, "env": QUICK}
+    options: dict[str, Any] = {"checkpoint": moe_checkpoint, "replicas": 3, "env": QUICK, "scrub_rate": 1}
     bad, good = (serve(node, three, fill="disk", **options).wait_ready() for node in ("n0", "n1"))
     echo = Echo(three["n0"])
     target = serve("n2", {**three, "n0": echo.port}, fill="none", **options).wait_live()
     try:
         wait_until(lambda: knows(target, "n0", "n1", replicas=2), "the target has both maps")
+        for node in (bad, good):
+            wait_until(lambda node=node: has_scrubbed(node), f"{node.node_id} has proved a block, and rests for days")
         warm = target.wait_restore(target.restore(experts=[{"layer": 3, "expert": e} for e in (0, 1)]))
         assert warm["state"] == "succeeded", warm  # and the engine has a connection to both
         yield Trio(bad, good, target, three, echo, wait_until)

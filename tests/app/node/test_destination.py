@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from app.cluster.placement import Placement
 from app.node.destination import SegmentDestination
 from app.node.holding import Holding
 from app.node.proofs import Proofs
+from shm import ExpertKey
 from shm.checksum import checksum
 from shm.segment import Segment
-from transfer.checkpoint.content import PinnedCheckpoint
+from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint, pin
 from transfer.destination import Resident
+from transfer.errors import RestoreError
 from transfer.memory import view
 from transfer.plan import Want
 
@@ -78,3 +82,20 @@ def test_a_block_that_lies_elsewhere_in_this_host_is_copied_hidden(segment: Segm
     assert destination_of(segment).take([resident]) == {}
     assert not is_found(segment)
     assert bytes(segment.block(ROW)) == other.tobytes()
+
+
+def test_a_block_of_another_content_is_not_shown_though_its_checksum_is_the_one_that_its_source_gave(
+    moe_checkpoint: Path,
+    expected_blocks: Callable[..., Mapping[ExpertKey, bytes]],
+    sealed: Callable[..., Segment],
+) -> None:
+    disk = pin(read_checkpoint(moe_checkpoint, "moe"))
+    segment = sealed("n0", disk.checkpoint.manifest)
+    destination = destination_of(segment, disk)
+    segment.quarantine(ROW)
+    with pytest.raises(RestoreError, match="not of the content that this node keeps"):
+        destination.publish(want(segment), destination.checksum(want(segment)))
+    assert not is_found(segment)
+    segment.block(ROW)[:] = expected_blocks(moe_checkpoint)[segment.manifest.keys[ROW]]
+    destination.publish(want(segment), checksum(segment.block(ROW)))
+    assert is_found(segment)

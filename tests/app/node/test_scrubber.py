@@ -191,7 +191,7 @@ def test_what_cannot_be_mended_is_tried_again_when_a_source_appears(
     directory.unlink()
     flip(live.context.node.segment, 17)
     wait_until(lambda: any(r.state == "failed" for r in live.context.restores.documents()), "mending was tried in vain")
-    assert live.ask("GET", "/v1/node").json()["state"] == "degraded"
+    wait_until(lambda: live.ask("GET", "/v1/node").json()["state"] == "degraded", "nothing is tried just now")
     directory.symlink_to(moe_checkpoint)
     wait_until(lambda: live.ask("GET", "/readyz").status_code == 200, "it was tried again")
     with attach("moe", namespace=namespace) as weights:

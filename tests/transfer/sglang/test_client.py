@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.processes import DEADLINE_S
 from transfer.checkpoint.synth import write_checkpoint
 from transfer.sglang import plugin
 from transfer.sglang.client import HotspareBackupClient, run_expert_backup_manager
@@ -476,7 +477,7 @@ def test_weights_that_a_kernel_rewrote_after_binding_are_left_to_sglang_for_good
     backup.update_weights()
     assert rank.reloaded == [set(moe)]
     assert backup._preparing is not None
-    backup._preparing.join(20)
+    backup._preparing.join(DEADLINE_S)
     assert backup.use_backup is False
 
 
@@ -549,7 +550,7 @@ def test_what_cannot_be_filled_is_left_to_sglang_for_good(
         rank.runner.model = torch.nn.Linear(3, 3)
     backup = client(rank, NOBODY, ready=False)
     assert backup._preparing is not None
-    backup._preparing.join(20)
+    backup._preparing.join(DEADLINE_S)
     assert not backup._preparing.is_alive()  # it does not try again
     assert backup.use_backup is False
 
