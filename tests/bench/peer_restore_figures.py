@@ -65,7 +65,7 @@ class Scene:
             segment.allocate(self.manifest, self.rows)
             ranges = segment.data_ranges()
             self._engine.register(ranges)
-            destination = SegmentDestination(segment)
+            destination = SegmentDestination(self._made.holding(segment))
             key_of = self.manifest.keys.__getitem__
             report = Restore(self._wants(segment), offers, [[source]], destination, key_of).run()
             segment.seal()
