@@ -188,14 +188,18 @@ class Scene:
         named = ["".join(state) for state in states if self._truth.seen(state)[0] == told]
         mixed = {key: self._origins(here, row) for row, key in enumerate(here.manifest.keys) if row in set(rows)}
         kinds = {kind: sum(1 for each in mixed.values() if each == kind) for kind in set(mixed.values())}
-        self._tally.violation(f"{node} sealed {kinds} as content {told.hex()[:12]} (of {named or 'nothing ever there'})")
+        self._tally.violation(
+            f"{node} sealed {kinds} as content {told.hex()[:12]} (of {named or 'nothing ever there'})"
+        )
 
     def _origins(self, here: Image, row: int) -> str:
         """Which of the three contents the block is of, tensor by tensor."""
         block, found = here.block(row), set()
         for tensor in here.manifest.block(row).tensors:
             part = slice(tensor.offset, tensor.offset + tensor.nbytes)
-            found.add("".join(n for n in CONTENTS if self._truth.seen(self._truth.pure(n))[1][row][part] == block[part]))
+            found.add(
+                "".join(n for n in CONTENTS if self._truth.seen(self._truth.pure(n))[1][row][part] == block[part])
+            )
         return "+".join(sorted(each or "?" for each in found))
 
     def _settle(self) -> None:

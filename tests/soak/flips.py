@@ -7,6 +7,7 @@ the end. Under a living daemon the same, and the object is what it was, to the b
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 from shm import attach
@@ -22,7 +23,6 @@ NODES = ("n0", "n1")
 SUBJECT = "n0"
 AT_REST = 40  # flips of a round with no daemon there
 ADOPTIONS = 2  # of a round, by a daemon
-ALIVE = 8  # flips of a round under a daemon that serves
 MENDED_WITHIN_S = 90.0  # what could not be mended at once is tried again after 30
 
 
@@ -41,8 +41,10 @@ class Scene:
     def _start(self, node: str) -> Daemon:
         return self._field.serve(node, NODES, checkpoint=self._checkpoint, replicas=2, scrub_rate="1GB")
 
-    def run(self) -> None:
-        for _ in range(ALIVE):
+    def run(self, seconds: float) -> None:
+        """Flips under a daemon for so long, then at rest."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
             self._flip_alive()
         self._nodes[SUBJECT].stop()
         for _ in range(AT_REST):
@@ -57,8 +59,8 @@ class Scene:
         assert here is not None
         return here
 
-    def _flip(self, where: str) -> tuple[str, str]:
-        """Flip a bit of a section, each as likely as any other; its name, and all of it for a violation."""
+    def _flip(self, where: str) -> str:
+        """Flip a bit of a section, each as likely as any other; which, for a violation."""
         sections = self._image().sections()
         block = self._chance.choice([name for name in sections if name.startswith("block")])
         name = self._chance.choice([block, *(name for name in sections if not name.startswith("block"))])
@@ -67,12 +69,12 @@ class Scene:
         flip(self._field.namespace, SUBJECT, 8 * offset + bit)
         self._tally.did(f"flips {where}")
         self._tally.note(f"flips bit {bit} of the {name} {where}")
-        return name, f"bit {bit} of the {name} {where}"
+        return f"bit {bit} of the {name} {where}"
 
     def _flip_at_rest(self) -> None:
         """Looked at by a reader and by the next owner; then all is put back."""
         whole = self._bytes()
-        _, what = self._flip("at rest")
+        what = self._flip("at rest")
         self._read(what)
         segment = Segment.claim(SegmentName(self._field.namespace, MODEL, SUBJECT))
         kept = segment.published().tolist() if segment.is_allocated else []
@@ -99,13 +101,15 @@ class Scene:
         self._tally.compare("blocks", len(self._rows))
         bad = wrong | (set(self._rows) - here)
         if bad != told:
-            self._tally.violation(f"{what}: {sorted(bad - told)} are bad and untold, {sorted(told - bad)} told and good")
+            self._tally.violation(
+                f"{what}: {sorted(bad - told)} are bad and untold, {sorted(told - bad)} told and good"
+            )
 
     # -- with a daemon ---------------------------------------------------------------------------------------
 
     def _flip_alive(self) -> None:
         whole = self._bytes()
-        name, what = self._flip("under a daemon")
+        what = self._flip("under a daemon")
         self._wait_mended(what)
         try:
             wait_until(lambda: self._bytes() == whole, what, MENDED_WITHIN_S)
@@ -115,7 +119,7 @@ class Scene:
             self._tally.violation(f"{what}: not as it was after {MENDED_WITHIN_S:.0f} s, at bytes {at[:5]}")
 
     def _flip_and_adopt(self) -> None:
-        _, what = self._flip("before an adoption")
+        what = self._flip("before an adoption")
         before = self._field.segment(SUBJECT).stat().st_ino
         self._nodes[SUBJECT] = self._start(SUBJECT).wait_ready()
         self._wait_mended(what)
@@ -137,4 +141,4 @@ class Scene:
 
 def run_round(ground: Ground, chance: random.Random, tally: Tally, seconds: float, keep: Path | None) -> None:
     with ground.field(keep) as field:
-        Scene(ground, field, chance, tally).run()
+        Scene(ground, field, chance, tally).run(seconds)

@@ -113,7 +113,9 @@ class Scene:
             body["experts"] = _named([self._keys[row] for row in self._chance.sample(rows, min(len(rows), 3))])
         self._pauser.soon()
         try:
-            status: object = self._nodes[asked].ask("POST", "/v1/restores", json=body, timeout=ANSWER_WITHIN_S).status_code
+            status: object = (
+                self._nodes[asked].ask("POST", "/v1/restores", json=body, timeout=ANSWER_WITHIN_S).status_code
+            )
         except httpx.HTTPError as error:
             status = type(error).__name__
         self._tally.note(f"restores {node} by {asked}: {status}")

@@ -149,7 +149,8 @@ def main() -> None:
     verbs: dict[str, Callable[..., str]] = {
         verb.__name__: verb
         for verb in (
-            rank.wipe, rank.check, rank.pattern, rank.intact, rank.restore, rank.register, rank.unregister, rank.document,
+            rank.wipe, rank.check, rank.pattern, rank.intact, rank.restore, rank.register, rank.unregister,
+            rank.document,
         )
     }  # fmt: skip
     print("slots", json.dumps(rank.slots), flush=True)
