@@ -58,6 +58,7 @@ class RemoteRestore:
         except NodeRefused as error:
             if error.status != 404:
                 return self._without_news(error)
+            self.answers = True  # what it says of its others is news
             ended = {"state": RestoreState.FAILED, "error": "its node knows it no longer: it was restarted meanwhile"}
             self.last = self.last.model_copy(update=ended)
         except (NodeUnreachable, PeerFailed) as error:

@@ -228,7 +228,10 @@ class Scene:
         """All are awake: within a while everything is there and right."""
         self._slots.look_at_pattern()
         for node in NODES:
-            wait_until(lambda node=node: self._is_settled(node), f"{node} settles", SETTLE_WITHIN_S)
+            try:
+                wait_until(lambda node=node: self._is_settled(node), f"{node} settles", SETTLE_WITHIN_S)
+            except AssertionError as error:
+                raise AssertionError(f"{error}: {self._state(node)}") from error
         wait_until(self._is_mended, "what was flipped is mended", SETTLE_WITHIN_S)
         self._look()
 
@@ -240,6 +243,16 @@ class Scene:
             is_busy = any(restore["state"] in ("pending", "running") for restore in restores)
             return not is_busy and daemon.ask("GET", "/readyz").status_code == 200
         return False
+
+    def _state(self, node: str) -> str:
+        """What a node says of itself, for a violation."""
+        daemon = self._nodes[node]
+        restores = [
+            {name: each[name] for name in ("state", "target", "blocks_done", "blocks_total", "error", "started_at")}
+            for each in daemon.get("/v1/restores")["restores"]
+            if each["state"] in ("pending", "running")
+        ]
+        return f"readyz {daemon.ask('GET', '/readyz').text}, unfinished restores {restores}"
 
     def _is_mended(self) -> bool:
         self._look_at_segments()

@@ -428,6 +428,18 @@ def test_one_that_its_node_no_longer_knows_has_failed(asking: RestoreStore, peer
     assert (lost.state, lost.error) == ("failed", "its node knows it no longer: it was restarted meanwhile")
 
 
+def test_a_list_has_news_of_the_others_of_a_node_that_knows_one_no_longer(asking: RestoreStore, peer: Any) -> None:
+    """It was restarted: its later restores were listed as pending for ever, whatever became of them."""
+    for name in ("r1", "r2"):
+        peer.answers["POST /v1/restores"] = 202, document("pending", restore_id=name)
+        peer.answers[f"GET /v1/restores/{name}"] = 200, document("pending", restore_id=name)
+        asking.submit(AT_P)
+    peer.answers["GET /v1/restores/r1"] = 404, b"{}"
+    peer.answers["GET /v1/restores/r2"] = 200, document("succeeded", restore_id="r2")
+    for _ in range(2):
+        assert {each.id: each.state for each in asking.documents()} == {"r1": "failed", "r2": "succeeded"}
+
+
 def test_cancelling_is_passed_on(asking: RestoreStore, peer: Any) -> None:
     asking.submit(AT_P)
     peer.answers["POST /v1/restores/r33/cancel"] = 409, b"{}"
