@@ -9,13 +9,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check mutate sglang bench fmt openapi clean
+.PHONY: help setup demo test check mutate soak sglang bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
 	@echo "make test     the test suite            make check    linters, types, import rules, OpenAPI drift"
 	@echo "make bench    the benchmarks            make fmt      format the code"
 	@echo "make mutate   break the code on purpose, and see whether a test notices"
+	@echo "make soak     randomised campaigns: pauses, flips, contents, kills (SEED=, MINUTES= of each)"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
@@ -50,6 +51,11 @@ check: setup
 
 mutate: setup
 	@$(BIN)/python tools/mutate.py
+
+# Of each campaign so many minutes: make soak SEED=7 MINUTES=20 CAMPAIGNS="pauses kills"; one round again: ROUND=3
+MINUTES ?= 5
+soak: setup
+	@$(BIN)/python -m tests.soak $(CAMPAIGNS) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(ROUND),--round $(ROUND))
 
 # SGLang and what it imports, beside .venv and not in it: Triton alone takes 1 GB, and torch must stay as it is.
 SGLANG := build/sglang
