@@ -152,6 +152,8 @@ class PeerDocument(Document):
     last_seen: datetime | None
     self_: bool = Field(False, alias="self", description="The node that answers.")
     node_state: NodeState | None = Field(None, description="What it last said of itself.")
+    blocks_unproved: int | None = Field(None, description="As in its own document, when it last said so.")
+    proved_oldest: datetime | None = Field(None, description="Likewise.")
     conflict: str | None = Field(None, description="Why nothing is taken from it, although it answers.")
     warning: str | None = Field(None, description="What its options and ours disagree on, without harm to any byte.")
     error: str | None = Field(None, description="Why it last did not answer.")
