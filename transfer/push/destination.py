@@ -1,9 +1,10 @@
 """A consumer's memory as the destination of a restore: this node writes there, out of registered memory of its own.
 
 What lies in the node's segment is sent from where it lies; what comes from elsewhere, from a registered buffer. Every
-block is verified before it is sent, so that no rotten one gets into a slot, and once more after it: a node may be stopped
-in between for any time, and what rots meanwhile is sent as it is, and reads back as it was sent. Peers that write to the consumer themselves are asked over HTTP
-(`app.restores.pushes`), and share this destination for whether the consumer answers, and what was said of a block.
+block is verified before it is sent, so that no rotten one gets into a slot, and once more after it: a node may be
+stopped in between for any time, and what rots meanwhile is sent as it is, and reads back as it was sent. Peers that
+write to the consumer themselves are asked over HTTP (`app.restores.pushes`), and share this destination for whether the
+consumer answers, and what was said of a block.
 """
 
 from __future__ import annotations
