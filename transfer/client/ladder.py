@@ -11,7 +11,7 @@ from typing import Any
 from shm.attachment import Attachment
 from shm.block import HeldBlock
 from transfer.checkpoint import Checkpoint
-from transfer.client.bound_slots import CPU, BoundSlots
+from transfer.client.bound_slots import CPU, BoundTable
 from transfer.client.report import Tally
 from transfer.engine import TransferEngine
 from transfer.offers import Holder, offers
@@ -37,7 +37,7 @@ PEER_BATCH_NBYTES = 96 << 20
 class Ladder:
     """One restore's way up. `missing` is what is still to bring: manifest row → what each source said."""
 
-    def __init__(self, bound: BoundSlots, rows: Iterable[int], tally: Tally) -> None:
+    def __init__(self, bound: BoundTable, rows: Iterable[int], tally: Tally) -> None:
         self._bound = bound
         self._tally = tally
         self._expected: dict[int, bytes] = {}
