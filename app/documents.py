@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from app.cluster.membership import PeerState
 from app.node.node import NodeState
@@ -236,7 +236,7 @@ class FailedExpert(Document):
 
 
 class RestoreDocument(Document):
-    id: str
+    id: Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")]
     target: RestoreTarget
     state: RestoreState
     blocks_total: int
@@ -249,9 +249,9 @@ class RestoreDocument(Document):
     )
     failed_total: int
     error: str | None
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
+    created_at: AwareDatetime
+    started_at: AwareDatetime | None
+    finished_at: AwareDatetime | None
 
 
 class Restores(Document):
