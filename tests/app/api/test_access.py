@@ -72,12 +72,15 @@ def test_how_to_ask_can_be_read_without_the_token(guarded: Any, path: str) -> No
 
 @pytest.mark.parametrize("path", ["/v1/nope", "/", "/livez/", "/LIVEZ", "//v1/node", "/docs%2f..%2fv1/node"])
 def test_what_is_not_named_open_is_closed(guarded: Any, path: str) -> None:
-    assert raw(guarded.url, f"GET {path} HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n".encode())[0] in (401, 404)
+    assert raw(guarded.url, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())[0] in (
+        401,
+        404,
+    )
     assert guarded.ask("GET", "/v1/nope").status_code == 401
 
 
 def test_a_token_that_is_not_ascii_is_wrong_not_an_error(guarded: Any) -> None:
-    request = "GET /v1/node HTTP/1.1\r\nHost: n\r\nConnection: close\r\nAuthorization: Bearer \xff\xfe\r\n\r\n"
+    request = "GET /v1/node HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer \xff\xfe\r\n\r\n"
     assert raw(guarded.url, request.encode("latin-1"))[0] == 401
 
 
@@ -118,7 +121,7 @@ def bounded(shared_live_node: Callable[..., Any]) -> Any:
         return shared_live_node()
 
 
-HEAD = b"POST /v1/restores HTTP/1.1\r\nHost: n\r\nConnection: close\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/restores HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize("is_chunked", [True, False], ids=["chunked", "with a length"])
