@@ -22,6 +22,7 @@ def make_server(app: ASGIApp, *, access_log: bool = False, graceful_s: int = 1) 
         log_config=None,
         access_log=access_log,
         server_header=False,
+        proxy_headers=False,  # what a client says of itself is not believed
         backlog=ACCEPTED_AT_ONCE,
         timeout_keep_alive=KEEP_IDLE_S,
         timeout_graceful_shutdown=graceful_s,

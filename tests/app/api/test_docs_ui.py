@@ -30,7 +30,9 @@ def documented_app() -> FastAPI:
 
 
 async def get(path: str, **headers: str) -> httpx.Response:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(documented_app()), base_url="http://localhost") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(documented_app()), base_url="http://localhost"
+    ) as client:
         return await client.get(path, headers=headers)
 
 
