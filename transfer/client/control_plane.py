@@ -4,17 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from shm.block import ExpertKey
 from shm.errors import ManifestError
 from shm.manifest import Manifest
-from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, host_and_port, quoted
+from transfer.client.http import (
+    DOCUMENT_TIMEOUT_S,
+    MANIFEST_NBYTES_MAX,
+    REPORT_NBYTES_MAX,
+    NodeHttp,
+    NodeRefused,
+    NodeUnreachable,
+    host_and_port,
+    map_nbytes_max,
+    quoted,
+)
 from transfer.client.pinned_content import PinnedContent
-from transfer.shard_map import Mapped, read_shard_map
+from transfer.shard_map import Mapped, read_shard_map, read_text
 
 URLS_MAX = 1024  # nodes remembered
 ASK_THREADS_MAX = 16
+
+
+class Account(NamedTuple):
+    """What a node says of itself, as far as an engine goes by it. `session_id` is empty while it has no engine."""
+
+    node_id: str
+    model: str
+    namespace: str
+    session_id: str
 
 
 class ControlPlane:
@@ -29,15 +48,19 @@ class ControlPlane:
     def close(self) -> None:
         self._http.close()
 
-    def node(self, url: str) -> dict[str, Any]:
-        """A node's own account of itself. Raises NodeUnreachable."""
-        return self._http.document(f"{url}/v1/node")
+    def node(self, url: str) -> Account:
+        """A node's own account of itself. Raises NodeUnreachable or NodeRefused, as all of these do."""
+        document = self._http.document(f"{url}/v1/node", nbytes_max=REPORT_NBYTES_MAX)
+        try:
+            return Account(**{name: read_text(document, name) for name in Account._fields})
+        except ManifestError as error:
+            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {error}") from error
 
     def learn(self, url: str) -> str:
-        """Remember the nodes that this one knows; returns its own id. Raises NodeUnreachable."""
+        """Remember the nodes that this one knows; returns its own id."""
         own = ""
-        for node in self._http.document(f"{url}/v1/nodes").get("nodes", ()):
-            node_id, peer = str(node.get("node_id")), str(node.get("url", "")).rstrip("/")
+        for node in self._nodes(url):
+            node_id, peer = read_text(node, "node_id"), read_text(node, "url").rstrip("/")
             if node.get("self"):
                 own = node_id
             elif peer and len(self.urls) < URLS_MAX:
@@ -45,6 +68,18 @@ class ControlPlane:
                 if peer not in self.urls:
                     self.urls.append(peer)
         return own
+
+    def _nodes(self, url: str) -> list[dict[str, Any]]:
+        """Those that a node knows, each with a `node_id` and a `url` that are texts."""
+        nodes = self._http.document(f"{url}/v1/nodes").get("nodes")
+        try:
+            if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
+                raise ManifestError("its nodes are no list of objects")
+            for node in nodes:
+                read_text(node, "node_id"), read_text(node, "url")
+        except ManifestError as error:
+            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {error}") from error
+        return nodes
 
     def silent(self, node_ids: Iterable[str]) -> set[str]:
         """Those of the nodes that are known not to answer now: asking takes ANSWER_TIMEOUT_S at most, all at once.
@@ -90,20 +125,26 @@ class ControlPlane:
 
     def manifest(self, url: str) -> Manifest:
         """A node's manifest, checked against its digest. Raises NodeUnreachable or ManifestError."""
-        return Manifest.from_json(self._http.document(f"{url}/v1/manifest", timeout=DOCUMENT_TIMEOUT_S))
+        path, limit = f"{url}/v1/manifest", MANIFEST_NBYTES_MAX
+        return Manifest.from_json(self._http.document(path, timeout=DOCUMENT_TIMEOUT_S, nbytes_max=limit))
 
     def shard_map(self, url: str, manifest: Manifest, content: PinnedContent) -> dict[int, Mapped]:
         """Manifest row → who has the block, as this node knows it.
 
         Raises NodeUnreachable, RestoreError for a node of other content.
         """
-        document = self._http.document(f"{url}/v1/shard-map", params={"scope": "cluster"}, timeout=DOCUMENT_TIMEOUT_S)
+        document = self._http.document(
+            f"{url}/v1/shard-map",
+            params={"scope": "cluster"},
+            timeout=DOCUMENT_TIMEOUT_S,
+            nbytes_max=map_nbytes_max(len(manifest)),
+        )
         if document.get("manifest_digest") != manifest.digest:
             raise NodeUnreachable(
-                f"{url} keeps {document.get('model')} from another checkpoint: nothing is taken of it"
+                f"{url} keeps {document.get('model')!r:.200} from another checkpoint: nothing is taken of it"
             )
-        content.agree(document.get("content_digest"), url)
         try:
+            content.agree(read_text(document, "content_digest"), url)
             return read_shard_map(document, manifest)
         except ManifestError as error:
             raise NodeUnreachable(f"{url}: {error}") from error
