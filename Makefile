@@ -48,7 +48,7 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/mypy tools/mutate.py
+	@$(BIN)/mypy tools
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m app.api.openapi_document --check
 
