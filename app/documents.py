@@ -152,6 +152,8 @@ class PeerDocument(Document):
     last_seen: datetime | None
     self_: bool = Field(False, alias="self", description="The node that answers.")
     node_state: NodeState | None = Field(None, description="What it last said of itself.")
+    blocks_unproved: int | None = Field(None, description="As in its own document, when it last said so.")
+    proved_oldest: datetime | None = Field(None, description="Likewise.")
     conflict: str | None = Field(None, description="Why nothing is taken from it, although it answers.")
     warning: str | None = Field(None, description="What its options and ours disagree on, without harm to any byte.")
     error: str | None = Field(None, description="Why it last did not answer.")
@@ -292,6 +294,9 @@ class PushTableDocument(Document):
         str, Field(pattern=r"^[^\s/@]{1,255}:[0-9]{1,5}$", description="Of the engine's transfer engine: host:port.")
     ]
     manifest_digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="The manifest that it was made for.")]
+    content_digest: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(
+        None, description="The weights that the slots hold; null: those that the node has now. No others are written."
+    )
     ranges: Annotated[
         list[tuple[Address, Length]],
         Field(min_length=1, max_length=RANGES_MAX, description="[address, nbytes] registered with that engine."),
@@ -312,6 +317,7 @@ class ConsumerDocument(Document):
     node_id: str = Field(description="The node it is registered with, which plans its restores.")
     session_id: str
     manifest_digest: str
+    content_digest: str = Field(description="Of the weights that it is restored with, and of no others.")
     epoch: int = Field(description="Of this registration: another one for each. Leases to write to it name it.")
     blocks: int = Field(description="Experts that have a slot.")
     slots: int

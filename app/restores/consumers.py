@@ -34,6 +34,8 @@ class Consumer:
     """Another one for each registration: it rises, also from one life of the node to the next."""
     table: PushTable
     manifest_digest: str
+    content_digest: str
+    """Of the weights that its slots hold: of no others a byte is written."""
     ttl_s: float
     expires_s: float
     registered_at: float = field(default_factory=time.time)
@@ -52,13 +54,16 @@ class ConsumerStore:
         self._consumers: dict[str, Consumer] = {}
         self._changed = threading.Condition()
 
-    def put(self, consumer_id: str, table: PushTable, manifest_digest: str, ttl_s: float) -> tuple[Consumer, bool]:
+    def put(
+        self, consumer_id: str, table: PushTable, manifest_digest: str, content_digest: str, ttl_s: float
+    ) -> tuple[Consumer, bool]:
         """Register it, in place of an earlier registration of that id; whether there was none.
 
         Raises LimitReached, or Unavailable while the earlier one is being written to.
         """
         epoch = next(self._epochs)
-        consumer = Consumer(consumer_id, epoch, table, manifest_digest, ttl_s, self._clock() + ttl_s)
+        expires_s = self._clock() + ttl_s
+        consumer = Consumer(consumer_id, epoch, table, manifest_digest, content_digest, ttl_s, expires_s)
         with self._changed:
             self._forget_expired()
             if is_new := consumer_id not in self._consumers:

@@ -131,6 +131,7 @@ def test_every_node_lists_all_nodes(trio: Trio) -> None:
         assert {(node.state, node.node_state, node.conflict, node.error) for node in nodes} == {
             ("alive", "ready", None, None)
         }
+        assert all(node.blocks_unproved == 0 and node.proved_oldest is not None for node in nodes)
 
 
 def test_coverage_counts_the_replicas_of_every_layer(trio: Trio) -> None:

@@ -193,7 +193,9 @@ class Restorer:
                 raise RestoreError(f"the model's manifest could not be had: {'; '.join(tally.notes)}")
             inbox = self._lease.another()
             inbox.register([(r.address, r.nbytes) for r in self._slots.ranges])
-            document = consumer_document(self._slots, bound.manifest, inbox.session_id, ttl_s)
+            document = consumer_document(
+                self._slots, bound.manifest, inbox.session_id, ttl_s, self._around.content.digest
+            )
             self._registration = Registration(self._control, consumer_id, document)
             self._inbox = inbox
 

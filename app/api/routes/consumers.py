@@ -20,7 +20,7 @@ from app.documents import (
     PushRequest,
 )
 from app.restores.consumers import Consumer
-from app.restores.pushes import build_table
+from app.restores.pushes import build_table, held
 
 router = APIRouter(prefix="/v1", tags=["consumers"])
 
@@ -34,6 +34,7 @@ def _document(context: Context, consumer: Consumer) -> ConsumerDocument:
         node_id=context.node.settings.node_id,
         session_id=table.session_id,
         manifest_digest=consumer.manifest_digest,
+        content_digest=consumer.content_digest,
         epoch=consumer.epoch,
         blocks=len(table.rows),
         slots=table.slot_count,
@@ -56,8 +57,10 @@ def put_consumer(
 ) -> ConsumerDocument:
     """From then on `POST /v1/restores` on this node, with it as the target, has its slots written with no code of the
     engine running. Takes the place of an earlier registration of that id, once pushes to it have ended."""
-    table = build_table(context.node, request)
-    consumer, is_new = context.consumers.put(consumer_id, table, request.manifest_digest, request.ttl_s)
+    holding = held(context.node)
+    table = build_table(context.node, holding, request)
+    manifest, content = holding.manifest.digest, holding.content_digest
+    consumer, is_new = context.consumers.put(consumer_id, table, manifest, content, request.ttl_s)
     if is_new:
         response.status_code = 201
     return _document(context, consumer)

@@ -12,6 +12,7 @@ from app.api.current import CurrentContext
 from app.api.problems import problem_responses
 from app.documents import ManifestDocument, NodeDocument
 from app.errors import Unavailable
+from app.node.holding import proofs_of
 from app.version import VERSION
 
 router = APIRouter(prefix="/v1", tags=["node"])
@@ -20,6 +21,7 @@ router = APIRouter(prefix="/v1", tags=["node"])
 def node_document(context: Context) -> NodeDocument:
     node, holding = context.node, context.node.holding
     published = holding.published() if holding else np.zeros(0, dtype=np.int64)
+    unproved, oldest = proofs_of(holding)
     return NodeDocument(
         node_id=node.settings.node_id,
         model=node.name.model,
@@ -31,8 +33,8 @@ def node_document(context: Context) -> NodeDocument:
         segment=node.name.object_name,
         bytes=int(holding.manifest.nbytes[published].sum()) if holding else 0,
         blocks=len(published),
-        blocks_unproved=holding.proofs.unproved(published) if holding else 0,
-        proved_oldest=holding.proofs.oldest(published) if holding else None,
+        blocks_unproved=unproved,
+        proved_oldest=oldest,
         version=VERSION,
         revision=holding.revision if holding else "",
         replicas=node.settings.replica_count,

@@ -102,9 +102,19 @@ def _node_rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{node['blocks']}, {size(node['bytes'])}"
         + (f"; {readiness['missing']} missing" if readiness and readiness["missing"] else ""),
     )
+    yield "proved", _proved(node)
     yield "segment", f"/dev/shm/{node['segment']}"
     yield "manifest", node["manifest_digest"] or "not known yet"
     yield "transfers", node["session_id"] or "no engine"
+
+
+def _proved(node: Mapping[str, Any]) -> str:
+    """How old the oldest proof of its blocks is."""
+    from app.terminal.units import ago
+
+    if node["blocks_unproved"]:
+        return f"{node['blocks_unproved']} blocks not yet since it started"
+    return f"all of them, the oldest {ago(node['proved_oldest'])}" if node["proved_oldest"] else "-"
 
 
 def _coverage_rows(coverage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

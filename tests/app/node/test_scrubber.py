@@ -149,6 +149,8 @@ def test_an_adopted_segment_is_unproved_until_it_was_read_once(
     document = again.ask("GET", "/v1/node").json()
     assert document["blocks"] == 39
     assert document["proved_oldest"] is not None
+    (listed,) = again.ask("GET", "/v1/nodes").json()["nodes"]
+    assert (listed["blocks_unproved"], listed["proved_oldest"] is not None) == (0, True)
     assert metric(again, 'hotspare_scrubbed_blocks_total{found="right"}') >= 39
     assert metric(again, "hotspare_blocks_unproved") == 0
 
