@@ -342,6 +342,16 @@ class LeaseDocument(Document):
     ttl_s: float = Field(description="For so long the push may write, from when it asked.")
 
 
+class DoubtedBlock(Document):
+    layer: Annotated[int, Field(ge=-1, le=2**31 - 1)]
+    expert: Annotated[int, Field(ge=-1, le=2**31 - 1, description="-1: the dense tensors of the layer.")]
+
+
+class DoubtRequest(Document):
+    content_digest: Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="Of the weights that were read.")]
+    blocks: Annotated[list[DoubtedBlock], Field(min_length=1, max_length=EXPERTS_MAX)]
+
+
 class WantedExpert(ExpertRef):
     checksum: Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="That the block must have.")]
 

@@ -25,7 +25,7 @@ every restore ends. A transfer that timed out is *outstanding* until somebody wh
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -149,6 +149,8 @@ class Ledger:
         self._to_publish: list[int] = []
         self._outstanding: list[Batch] = []
         self._touched: Counter[int] = Counter()
+        self.wrong: defaultdict[Hashable, list[int]] = defaultdict(list)
+        """By source, the rows whose bytes had another checksum than they should, as it gave them."""
         self.is_cancelled = False
         self._is_abandoned = False
 
@@ -258,6 +260,8 @@ class Ledger:
         expected = block.checksum or block.want.checksum
         if expected is not None and checksum != expected:
             reason = LATE if block.checksum is not None else f"checksum {checksum.hex()} instead of {expected.hex()}"
+            if block.checksum is None:
+                self.wrong[block.source].append(row)
             self._turn_down(block, Event.WRONG, reason)
             return
         self._step(block, Event.EARLY if self._touched[row] else Event.MATCHED)

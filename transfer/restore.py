@@ -83,6 +83,11 @@ class Restore:
         return self.progress.report()
 
     @property
+    def wrong(self) -> Mapping[Source, Sequence[int]]:
+        """By source, the rows that it gave other bytes of than they should have. Complete once `run` has returned."""
+        return {self._sources[source]: tuple(rows) for source, rows in self._ledger.wrong.items()}
+
+    @property
     def outstanding(self) -> tuple[Batch, ...]:
         """Transfers that were given up on: nobody knows whether they have ended."""
         return (*self._ledger.outstanding, *self._presumed)

@@ -312,6 +312,14 @@ class Node:
             restore.run()
         finally:
             self.is_restoring = False
+        if self.holding is not None:
+            self._tell_who_was_wrong(self.holding, restore)
+
+    def _tell_who_was_wrong(self, holding: Holding, restore: Restore) -> None:
+        keys = holding.manifest.keys
+        for source, rows in restore.wrong.items():
+            if isinstance(source, PeerMemory):
+                self._prober.doubt(source.name, holding.content_digest, [keys[row] for row in rows])
 
     def _settle(self, holding: Holding) -> None:
         segment = holding.segment

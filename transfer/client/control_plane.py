@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from shm.block import ExpertKey
 from shm.errors import ManifestError
 from shm.manifest import Manifest
 from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, host_and_port, quoted
@@ -53,6 +54,12 @@ class ControlPlane:
         asked = sorted(node_ids)
         with ThreadPoolExecutor(ASK_THREADS_MAX, thread_name_prefix="hotspare-ask") as pool:
             return {node for node, silent in zip(asked, pool.map(self._is_silent, asked), strict=True) if silent}
+
+    def doubt(self, node_id: str | None, content_digest: str, blocks: Iterable[ExpertKey]) -> None:
+        """Tell a node that blocks of its were read wrong; our own with None. One that cannot be told is passed over."""
+        url = self.urls[0] if node_id is None else self._by_node.get(node_id)
+        if url is not None:
+            self._http.doubt(url, content_digest, blocks)
 
     def put_consumer(self, consumer_id: str, document: Mapping[str, Any]) -> None:
         """Register with our own node. Raises NodeUnreachable or NodeRefused, as the next two do."""

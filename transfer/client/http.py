@@ -5,15 +5,17 @@ The only place outside `app` with HTTP in it. Everything here blocks: it is for 
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 import orjson
 
+from shm.block import ExpertKey
 from shm.errors import HotspareError, InvalidInput
 
 CONNECT_TIMEOUT_S = 1.0
@@ -30,6 +32,8 @@ NOTICE_DEAD_HOSTS = (
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 5000),
 )
 DEFAULT_PORTS: Mapping[str, int] = {"http": 80, "https": 443}
+
+_log = logging.getLogger("hotspare.http")
 
 
 class NodeUnreachable(HotspareError):
@@ -97,6 +101,14 @@ class NodeHttp:
         if not isinstance(document, dict):
             raise NodeUnreachable(f"{url} does not answer like a Hotspare node")
         return document
+
+    def doubt(self, url: str, content_digest: str, blocks: Iterable[ExpertKey]) -> None:
+        """Tell the node at `url` that these blocks of its arrived wrong. Raises nothing: it will find out by itself."""
+        named = [key._asdict() for key in blocks]
+        try:
+            self.request("POST", f"{url}/v1/doubts", json={"content_digest": content_digest, "blocks": named})
+        except HotspareError as error:
+            _log.warning("a node that sent %d blocks wrong could not be told: %s", len(named), error)
 
 
 def host_and_port(url: str) -> tuple[str, int]:

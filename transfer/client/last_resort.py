@@ -23,6 +23,11 @@ class LastResort:
         self._checkpoint: Checkpoint | None = None
         self._pinned: PinnedCheckpoint | None = None
 
+    @property
+    def has_files(self) -> bool:
+        """Whether there is anything to read: a directory may hold a configuration alone."""
+        return self._directory is not None and any(self._directory.glob("*.safetensors"))
+
     def named(self, model: str | None) -> Checkpoint | None:
         """The checkpoint, its experts only; None without a directory. Raises CheckpointError."""
         return self._read(model or NAMELESS, "experts")

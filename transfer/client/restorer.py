@@ -263,6 +263,7 @@ class Restorer:
         barred = self._barred(bound, rows, tally)
         ladder = Ladder(bound, [row for row in rows if row not in barred], tally)
         tally.attempt(self._climb, ladder, bound, tally)
+        self._tell_who_was_wrong(ladder, bound)
         ladder.missing.update(barred)
         missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
         return tally.finish(_failures(slots, missing))
@@ -293,6 +294,12 @@ class Restorer:
             engine, fence = self._lease.engine, self._lease.fence
             if not ladder.climb(found, engine, checkpoint, is_straight=is_straight, fence=fence):
                 break
+
+    def _tell_who_was_wrong(self, ladder: Ladder, bound: BoundSlots) -> None:
+        content = self._around.content.digest
+        for node, rows in ladder.wrong.items():
+            if content is not None:
+                self._control.doubt(node, content, [bound.manifest.keys[row] for row in rows])
 
     # -- what speaks for the slots ---------------------------------------------------------------------------
 
