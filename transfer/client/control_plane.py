@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -21,46 +23,70 @@ from transfer.client.http import (
     quoted,
 )
 from transfer.client.pinned_content import PinnedContent
-from transfer.shard_map import Mapped, read_shard_map, read_text
+from transfer.shard_map import Mapped, read_shard_map
 
+TOKEN_VARIABLE = "HOTSPARE_TOKEN"
 URLS_MAX = 1024  # nodes remembered
 ASK_THREADS_MAX = 16
 
 
-class Account(NamedTuple):
-    """What a node says of itself, as far as an engine goes by it. `session_id` is empty while it has no engine."""
+class NodeAccount(NamedTuple):
+    """What a node says of itself, as far as an engine goes by it."""
 
-    node_id: str
     model: str
     namespace: str
+    node_id: str
     session_id: str
+    """Empty while it has no transfer engine."""
+    segment: str
+    content_digest: str | None
+    """None while it has pinned none."""
+    blocks_unproved: int
+
+
+def _text(document: Mapping[str, Any], name: str, url: str) -> str:
+    value = document.get(name)
+    if not isinstance(value, str):
+        raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {name} is {value!r:.40}, not a text")
+    return value
+
+
+def _digest(document: Mapping[str, Any], url: str) -> str | None:
+    """The content digest, in hex; None where the node does not know it yet."""
+    if document.get("content_digest") is None:
+        return None
+    if not re.fullmatch("[0-9a-f]{32}", digest := _text(document, "content_digest", url)):
+        raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {digest!r:.40} is no content digest")
+    return digest
 
 
 class ControlPlane:
     """The nodes' HTTP side, our own node's first. Remembers every node that one of them named. Thread-safe."""
 
     def __init__(self, url: str, token: str | None) -> None:
+        """`token` is what the nodes want to be shown: that of HOTSPARE_TOKEN where it is None."""
         self.address = host_and_port(url)
         self.urls = [url.rstrip("/")]
         self._by_node: dict[str, str] = {}
-        self._http = NodeHttp(token)
+        self._http = NodeHttp(os.environ.get(TOKEN_VARIABLE) if token is None else token)
 
     def close(self) -> None:
         self._http.close()
 
-    def node(self, url: str) -> Account:
-        """A node's own account of itself. Raises NodeUnreachable or NodeRefused, as all of these do."""
-        document = self._http.document(f"{url}/v1/node", nbytes_max=REPORT_NBYTES_MAX)
-        try:
-            return Account(**{name: read_text(document, name) for name in Account._fields})
-        except ManifestError as error:
-            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {error}") from error
+    def node(self, url: str) -> NodeAccount:
+        """What a node says of itself. Raises NodeUnreachable, also where it says it otherwise than a node does."""
+        said = self._http.document(f"{url}/v1/node", nbytes_max=REPORT_NBYTES_MAX)
+        texts = {name: _text(said, name, url) for name in ("model", "namespace", "node_id", "session_id", "segment")}
+        unproved = said.get("blocks_unproved")
+        if type(unproved) is not int:
+            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: blocks_unproved is {unproved!r:.40}")
+        return NodeAccount(**texts, content_digest=_digest(said, url), blocks_unproved=unproved)
 
     def learn(self, url: str) -> str:
-        """Remember the nodes that this one knows; returns its own id."""
+        """Remember the nodes that this one knows; returns its own id. Raises NodeUnreachable."""
         own = ""
         for node in self._nodes(url):
-            node_id, peer = read_text(node, "node_id"), read_text(node, "url").rstrip("/")
+            node_id, peer = _text(node, "node_id", url), _text(node, "url", url).rstrip("/")
             if node.get("self"):
                 own = node_id
             elif peer and len(self.urls) < URLS_MAX:
@@ -70,15 +96,9 @@ class ControlPlane:
         return own
 
     def _nodes(self, url: str) -> list[dict[str, Any]]:
-        """Those that a node knows, each with a `node_id` and a `url` that are texts."""
         nodes = self._http.document(f"{url}/v1/nodes").get("nodes")
-        try:
-            if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
-                raise ManifestError("its nodes are no list of objects")
-            for node in nodes:
-                read_text(node, "node_id"), read_text(node, "url")
-        except ManifestError as error:
-            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {error}") from error
+        if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
+            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: its nodes are no list of objects")
         return nodes
 
     def silent(self, node_ids: Iterable[str]) -> set[str]:
@@ -143,8 +163,8 @@ class ControlPlane:
             raise NodeUnreachable(
                 f"{url} keeps {document.get('model')!r:.200} from another checkpoint: nothing is taken of it"
             )
+        content.agree(_digest(document, url), url)
         try:
-            content.agree(read_text(document, "content_digest"), url)
             return read_shard_map(document, manifest)
         except ManifestError as error:
             raise NodeUnreachable(f"{url}: {error}") from error

@@ -231,9 +231,9 @@ class Loader:
             said = self._control.node(self._control.urls[0])
         except HotspareError:
             return False
-        owner = said.get("node_id"), said.get("segment"), said.get("content_digest")
+        owner = said.node_id, said.segment, said.content_digest
         is_owner = owner == (attachment.name.node, attachment.name.object_name, attachment.content_digest)
-        return is_owner and said.get("blocks_unproved") == 0
+        return is_owner and said.blocks_unproved == 0
 
     def _prepare(self, manifest: Manifest, rows: Sequence[int], device: str, tally: Tally) -> None:
         """What all windows share: the ring, and page-locked memory to copy from."""
