@@ -25,13 +25,13 @@ every restore ends. A transfer that timed out is *outstanding* until somebody wh
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from transfer.errors import TransferFailed, told
+from transfer.errors import SomeLost, TransferFailed, told
 from transfer.plan import Batch, Offer, Want
 from transfer.standing import Party, Record, Standing
 
@@ -149,6 +149,8 @@ class Ledger:
         self._to_publish: list[int] = []
         self._outstanding: list[Batch] = []
         self._touched: Counter[int] = Counter()
+        self.wrong: defaultdict[Hashable, list[int]] = defaultdict(list)
+        """By source, the rows whose bytes had another checksum than they should, as it gave them."""
         self.is_cancelled = False
         self._is_abandoned = False
 
@@ -222,11 +224,33 @@ class Ledger:
         source = self._end(batch)
         source.failures = 0
         for want in batch.wants:
-            self._step(self._blocks[want.row], Event.MOVED)
-            if want.row in checksums:
-                self.verified(want.row, checksums[want.row])
+            self._came(want.row, checksums)
+
+    def _came(self, row: int, checksums: Mapping[int, bytes]) -> None:
+        self._step(self._blocks[row], Event.MOVED)
+        if row in checksums:
+            self.verified(row, checksums[row])
+        else:
+            self._to_verify.append(row)
+
+    def came_in_part(self, batch: Batch, error: SomeLost, now: float) -> None:
+        """Of the batch's blocks some came. A source that brings anything serves: only the blocks it lacks are tried
+        again, alone; it stands no worse for them."""
+        if len(error.lost) == len(batch.wants):
+            self.failed(batch, error, now)
+            return
+        source = self._end(batch)
+        source.failures = 0
+        for row in (want.row for want in batch.wants):
+            if row in error.lost:
+                self._lose(self._blocks[row], source, error.lost[row])
             else:
-                self._to_verify.append(want.row)
+                self._came(row, error.came)
+
+    def _lose(self, block: _Block, source: Record, reason: str) -> None:
+        block.give_reason(f"{source.party.name}: {reason}")
+        block.try_again_or_close(source.key)
+        self._want_again(block, Event.LOST)
 
     def failed(self, batch: Batch, error: Exception, now: float) -> None:
         """The batch did not come, and any of its blocks may be half-written; if it timed out, also later.
@@ -242,11 +266,12 @@ class Ledger:
         if timed_out:
             self._outstanding.append(batch)
             self._touched.update(want.row for want in batch.wants)
+        lost = error.lost if isinstance(error, SomeLost) else {}
         for want in batch.wants:
             block = self._blocks[want.row]
-            block.give_reason(f"{source.party.name}: {told(error)}")
-            block.close(source.key) if timed_out else block.try_again_or_close(source.key)
-            self._want_again(block, Event.LOST)
+            if timed_out:
+                block.close(source.key)
+            self._lose(block, source, lost.get(want.row) or told(error))
         if is_gone:
             self._abandon(told(error))
         elif source.standing is not before:
@@ -258,6 +283,8 @@ class Ledger:
         expected = block.checksum or block.want.checksum
         if expected is not None and checksum != expected:
             reason = LATE if block.checksum is not None else f"checksum {checksum.hex()} instead of {expected.hex()}"
+            if block.checksum is None:
+                self.wrong[block.source].append(row)
             self._turn_down(block, Event.WRONG, reason)
             return
         self._step(block, Event.EARLY if self._touched[row] else Event.MATCHED)

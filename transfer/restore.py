@@ -17,7 +17,7 @@ from typing import TypeVar
 from shm.block import ExpertKey
 from shm.errors import HotspareError
 from transfer.destination import Destination
-from transfer.errors import told
+from transfer.errors import SomeLost, told
 from transfer.ledger import LANES_MAX, Arrived, Ledger
 from transfer.plan import Batch, Offer, Want
 from transfer.progress import FailedBlock, Progress, Report, RestoreState
@@ -81,6 +81,11 @@ class Restore:
 
     def report(self) -> Report:
         return self.progress.report()
+
+    @property
+    def wrong(self) -> Mapping[Source, Sequence[int]]:
+        """By source, the rows that it gave other bytes of than they should have. Complete once `run` has returned."""
+        return {self._sources[source]: tuple(rows) for source, rows in self._ledger.wrong.items()}
 
     @property
     def outstanding(self) -> tuple[Batch, ...]:
@@ -187,6 +192,8 @@ class Restore:
         source = self._sources[batch.source]
         try:
             checksums = source.fetch(batch, self._destination)
+        except SomeLost as error:
+            self._tell(partial(self._ledger.came_in_part, batch, error, time.monotonic()))
         except Exception as error:  # whatever it is, this source did not serve, and others may
             if not isinstance(error, HotspareError):
                 _log.exception("%s failed in an unforeseen way", source.name)

@@ -263,7 +263,7 @@ class Node:
             self.cluster,
             HostMemory(IN_PLACE, holding.segment, lanes=1),
             self._reach if SourceKind.PEER in kinds else None,
-            None if pinned is None else Disk(DISK, lambda: pinned.checkpoint),
+            None if pinned is None else Disk(DISK, lambda: pinned),
         )
         nbytes, keys = holding.manifest.nbytes, holding.manifest.keys
         return Restore(
@@ -312,6 +312,14 @@ class Node:
             restore.run()
         finally:
             self.is_restoring = False
+        if self.holding is not None:
+            self._tell_who_was_wrong(self.holding, restore)
+
+    def _tell_who_was_wrong(self, holding: Holding, restore: Restore) -> None:
+        keys = holding.manifest.keys
+        for source, rows in restore.wrong.items():
+            if isinstance(source, PeerMemory):
+                self._prober.doubt(source.name, holding.content_digest, [keys[row] for row in rows])
 
     def _settle(self, holding: Holding) -> None:
         segment = holding.segment

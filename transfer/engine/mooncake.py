@@ -1,7 +1,6 @@
 """Mooncake's transfer engine. The only place that imports mooncake.
 
-Mooncake answers in return codes; none leaves this file. It reads its environment variables when an engine starts, so
-the defaults below are set before the import, and yield to what the user has set.
+Mooncake answers in return codes; none leaves this file.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from transfer.engine.environment import engine_environment
 from transfer.engine.protocol import TRANSFER_TIMEOUT_S, Copy, pieces, pieces_to_register, within_pieces
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
 
-TCP_IO_THREADS_MAX = 8  # 16 cores: 22 GB/s with 8, 12 with 4, 3 by default
-TCP_LANES_PER_PEER = 8
 # Mooncake's own wait spins on a core, which a small host then lacks to move the bytes: asking now and then
 # instead made a restore on 2 cores 1.5 times as fast with half the processor time.
 POLL_INTERVAL_S = 0.0005
@@ -26,30 +24,14 @@ TIMED_OUT = -2  # what `transfer_check_status` calls a copy that the transport g
 EXTRAS = "`pip install 'hotspare[cpu]'`, `[cuda12]` or `[cuda13]`"
 
 
-def set_defaults(transport: str) -> None:
-    """Put Mooncake's environment in order for an engine that starts after this; what is set stays."""
-    threads = str(max(1, min(TCP_IO_THREADS_MAX, (os.cpu_count() or 2) // 2)))
-    defaults = {
-        "MC_LOG_LEVEL": "ERROR",
-        "MC_TRANSFER_TIMEOUT": str(TRANSFER_TIMEOUT_S),
-        "MC_NUM_TCP_IO_THREADS": threads,
-        "MC_TCP_ENABLE_CONNECTION_POOL": "1",
-        "MC_TCP_LANES_PER_PEER": str(TCP_LANES_PER_PEER),
-    }
-    if transport == "tcp":
-        defaults["MC_FORCE_TCP"] = "1"  # with RDMA cards present, "tcp" alone still picks RDMA
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
 class MooncakeEngine:
     """Mooncake's transfer engine in peer-to-peer mode: no metadata server, a port of its own on every interface."""
 
     def __init__(self, host: str, transport: str = "tcp", devices: str = "") -> None:
         """Start an engine that peers reach at `host`. Raises EngineMissing or EngineRefused."""
-        set_defaults(transport)
-        engine = _mooncake().TransferEngine()
-        code = engine.initialize(host, "P2PHANDSHAKE", transport, devices)
+        with engine_environment(transport, host):
+            engine = _mooncake().TransferEngine()
+            code = engine.initialize(host, "P2PHANDSHAKE", transport, devices)
         if code:
             raise EngineRefused(
                 f"Mooncake would not start on {host} over {transport} (code {code}): is {host} an address "
@@ -67,7 +49,8 @@ class MooncakeEngine:
 
     @property
     def session_id(self) -> str:
-        return f"{self._host}:{self._engine.get_rpc_port()}"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{host}:{self._engine.get_rpc_port()}"
 
     def register(self, ranges: Iterable[tuple[int, int]]) -> None:
         done: list[tuple[int, int]] = []

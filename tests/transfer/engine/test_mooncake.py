@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 from transfer.engine import Copy, MooncakeEngine
 from transfer.engine import mooncake as mooncake_module
-from transfer.engine.mooncake import set_defaults
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
 
 ROOT = Path(__file__).parents[3]
@@ -54,15 +52,6 @@ def test_a_copy_that_has_not_ended_in_time_warns_of_late_bytes(
     with pytest.raises(TransferFailed) as failed:
         MooncakeEngine.wrap(Failing(status), "127.0.0.1").read("127.0.0.1:33", [Copy(1, 1, 33)])
     assert failed.value.timed_out is timed_out
-
-
-def test_what_the_user_set_in_the_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {"MC_TRANSFER_TIMEOUT": "33"})
-    set_defaults("rdma")
-    assert os.environ["MC_TRANSFER_TIMEOUT"] == "33"
-    assert "MC_FORCE_TCP" not in os.environ
-    set_defaults("tcp")
-    assert os.environ["MC_FORCE_TCP"] == "1"
 
 
 # -- without Mooncake ----------------------------------------------------------------------------------------
