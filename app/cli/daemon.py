@@ -16,14 +16,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from app.cli.stop_deadline import StopDeadline
 from app.settings import Address, Settings
 from app.terminal.units import duration, size
 from shm.errors import HotspareError
+from shm.layout import SegmentName
 
 if TYPE_CHECKING:
     import uvicorn
@@ -49,14 +52,16 @@ class Stopper:
     A node that is being opened stops as soon as it is open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: StopDeadline) -> None:
         self._asked = False
+        self._deadline = deadline
         self._server: uvicorn.Server | None = None
         for number in STOPPING_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        self._deadline.tell()
         if self._server is not None:
             self._server.should_exit = True
 
@@ -143,12 +148,15 @@ def open_context(settings: Settings, *, debug: bool) -> Context:
 def run(settings: Settings, log_level: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises what keeps the node from starting, and leaves nothing then."""
     started_s = time.monotonic()
-    stopper = Stopper()
+    name = SegmentName(settings.namespace, settings.require_model(), settings.node_id)
+    deadline = StopDeadline(name, partial(typer.echo, f"{settings.node_id} stopped"))
+    stopper = Stopper(deadline)
     listener = bind(settings.address)
     configure_logging(log_level)
     debug = log_level == "debug"
     try:
         context = open_context(settings, debug=debug)
+        deadline.hurry = context.hurry
         try:
             _announce(settings, listener, context)
             threading.Thread(target=_announce_ready, args=(context, started_s), name="ready", daemon=True).start()
@@ -158,6 +166,7 @@ def run(settings: Settings, log_level: str) -> None:
             context.stop()  # a second time, if it served: harmless, and needed where it did not
     finally:
         listener.close()
+    deadline.stand_down()
     typer.echo(f"{settings.node_id} stopped")
 
 
