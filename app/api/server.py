@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from app.api.protocol import HEAD_NBYTES_MAX, BoundedProtocol
 
-ACCEPTED_AT_ONCE = 128  # before the loop turns to anything else, such as to hang up on those that are too many
+ACCEPTED_AT_ONCE = 32  # before the loop turns to anything else, such as to hang up on those that are too many
 QUEUED_MAX = 1024  # connections that the kernel holds until they are accepted
 KEEP_IDLE_S = 5  # longer than nodes keep theirs (`transfer.client.http.IDLE_S`), who would find it gone as they ask
 

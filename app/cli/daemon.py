@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from app.api.context import Context
 
 BACKLOG = 1024
+DESCRIPTORS_MAX = 1 << 16
 READY_POLL_S = 0.02
 GRACEFUL_SHUTDOWN_S = 1  # streams of events are cut after that
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -128,6 +130,14 @@ def silence_native_output() -> Iterator[None]:
         os.close(kept)
 
 
+def raise_descriptor_limit() -> None:
+    """Have as many descriptors as the host allows: 1,024 are usual, for the sake of programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _import_server() -> None:
 
     import app.api.application  # noqa: F401
@@ -148,6 +158,7 @@ def open_context(settings: Settings, *, debug: bool) -> Context:
 def run(settings: Settings, log_level: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises what keeps the node from starting, and leaves nothing then."""
     started_s = time.monotonic()
+    raise_descriptor_limit()
     name = SegmentName(settings.namespace, settings.require_model(), settings.node_id)
     deadline = StopDeadline(name, partial(typer.echo, f"{settings.node_id} stopped"))
     stopper = Stopper(deadline)

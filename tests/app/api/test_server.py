@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,8 +36,9 @@ def test_it_answers_beside_more_silent_and_slow_connections_than_it_has_descript
     with ExitStack() as stack:
         for number in range(STRANGERS):
             stranger = stack.enter_context(socket.create_connection((where.hostname, where.port)))
-            if number % 2:
-                stranger.sendall(b"GET /livez HTTP/1.1\r\nHo")
+            with suppress(OSError):  # it may have had to make room already
+                if number % 2:
+                    stranger.sendall(b"GET /livez HTTP/1.1\r\nHo")
         for _ in range(5):
             assert node.ask("GET", "/livez", headers={"Connection": "close"}).status_code == 200
         assert node.ask("GET", "/v1/node").json()["state"] == "waiting"
