@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from transfer.engine.protocol import Copy, TransferEngine
+from transfer.engine.protocol import Copy, TransferEngine, Watch
 from transfer.errors import TransferFailed
 
 DROP_WAIT_S = 60.0  # for calls under way, each of which the engine gives up by itself
@@ -78,9 +78,9 @@ class DisposableEngine:
             self._opened = [each for each in self._opened if each not in wanted]
             engine.unregister(wanted)
 
-    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
+    def read(self, session_id: str, copies: Sequence[Copy], watch: Watch | None = None) -> None:
         with self._use() as engine:
-            engine.read(session_id, copies)
+            engine.read(session_id, copies, watch)
 
     def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         with self._use() as engine:
