@@ -159,7 +159,7 @@ def run(settings: Settings, log_level: str) -> None:
     started_s = time.monotonic()
     raise_descriptor_limit()
     name = SegmentName(settings.namespace, settings.require_model(), settings.node_id)
-    deadline = StopDeadline(name, partial(typer.echo, f"{settings.node_id} stopped"))
+    deadline = StopDeadline(name, partial(say, f"{settings.node_id} stopped"))
     stopper = Stopper(deadline)
     listener = bind(settings.address)
     configure_logging(log_level)

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from transfer.engine.protocol import Copy, TransferEngine
+from transfer.engine.protocol import Copy, TransferEngine, Watch
 from transfer.engine.unsent import discarding
 from transfer.errors import TransferFailed
 
@@ -82,9 +82,9 @@ class DisposableEngine:
             self._opened = [each for each in self._opened if each not in wanted]
             engine.unregister(wanted)
 
-    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
+    def read(self, session_id: str, copies: Sequence[Copy], watch: Watch | None = None) -> None:
         with self._use() as engine:
-            engine.read(session_id, copies)
+            engine.read(session_id, copies, watch)
 
     def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         with self._use() as engine:
