@@ -243,9 +243,13 @@ class Segment:
         Readers keep what they have mapped, and so does whoever has this `Segment`: it can be read for as long as it is
         held, and owns nothing any more.
         """
+        self.give_up()
+        return Segment.claim(self.name)
+
+    def give_up(self) -> None:
+        """Own the object no longer, nor its name. What is mapped can be read for as long as this `Segment` is held."""
         self._unname()
         self._disown()
-        return Segment.claim(self.name)
 
     def succeed(self, manifest: Manifest, rows: Iterable[int]) -> Segment:
         """Another segment of this name, with room for these rows; this one is given up once that is there.

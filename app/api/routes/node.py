@@ -35,6 +35,7 @@ def node_document(context: Context) -> NodeDocument:
         proved_oldest=holding.proofs.oldest(published) if holding else None,
         version=VERSION,
         revision=holding.revision if holding else "",
+        shortage=node.shortage,
         replicas=node.settings.replica_count,
         placement_digest=holding.placement.digest if holding else None,
         started_at=context.started_at,
