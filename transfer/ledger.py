@@ -356,10 +356,12 @@ class Ledger:
         """It is wanted again, from another source. If late bytes spoiled it, the one it came from is not at fault."""
         block.give_reason(f"{self._sources[block.source].party.name}: {reason}")
         was_right, block.checksum = block.checksum is not None, None
-        if event is Event.REFUSED and was_right:
-            block.try_again_or_close(block.source)
-        elif not was_right:
+        if not was_right:
             block.close(block.source)
+        elif event is Event.REFUSED:
+            block.try_again_or_close(block.source)
+        else:
+            block.tried.append(block.source)
         self._want_again(block, event)
 
     def published(self, row: int) -> None:

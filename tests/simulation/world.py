@@ -140,8 +140,8 @@ class World:
         peer.is_slow = True
 
     def _hurry(self, peer: Fellow) -> None:
-        if peer.is_slow:
-            peer.is_slow, peer.answering_since = False, self.now
+        if peer.is_slow:  # what it has under way goes on as slowly as it began
+            peer.is_slow, peer.answering_since = False, self.now + SLOW_S
 
     def _pause(self, peer: Fellow) -> None:
         if peer.answers():
