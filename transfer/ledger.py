@@ -17,6 +17,10 @@ A block goes these ways, and no other; STEPS is the same as a table, and what is
 A source is asked for the blocks whose nearest offer it is; sources that are equally near share them by bytes. How a
 source comes to be doubted or given up is in `transfer.standing`.
 
+A source that has nothing left to do takes over: what still waits for another that is as near or farther, and what is
+late there (`transfer.standing`). That is *recalled*: whoever moves it is told, ends it if that can be done, and tells
+what became of it, as of any other. A source that was recalled is doubted; what it was disturbed in besides is free.
+
 A doubted source is left aside while others can serve. What nobody else has it is asked for again, one batch at a time
 with pauses in between, for a failure may pass. One that is given up is asked for nothing. A block may ask each source
 OFFER_TRIES_MAX times, the second time alone, and of a source that gave it wrong bytes or timed out never again: so
@@ -29,15 +33,17 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import NamedTuple
 
 from transfer.errors import SomeLost, TransferFailed, told
 from transfer.plan import Batch, Offer, Want
-from transfer.standing import Party, Record, Standing
+from transfer.standing import Course, Party, Record, Standing
 
 LANES_MAX = 32  # batches under way at a time, over all sources
 OFFER_TRIES_MAX = 2  # of one block at one source
 REASONS_MAX = 4  # remembered for each block
+LOOK_S = 0.05  # between looks at whether what is under way is late, while somebody is idle
 LATE = "spoiled by late bytes of a peer that had timed out"
 NOBODY = "no source that was allowed and could be reached has it"
 
@@ -100,6 +106,7 @@ class Orders(NamedTuple):
     verify: tuple[Arrived, ...]
     publish: tuple[Arrived, ...]
     wait_s: float | None
+    recall: tuple[Batch, ...]
 
 
 @dataclass(slots=True)
@@ -158,12 +165,16 @@ class Ledger:
 
     def next(self, now: float) -> Orders:
         """All that can be done now and was not ordered before. `now` in seconds of a clock that never jumps."""
+        for source in self._sources.values():
+            source.listen(now)
         if not self.is_cancelled:
             self._assign()
+            self._share(now)
         move = () if self.is_cancelled else tuple(self._start(now))
+        recall = () if self.is_cancelled or self._is_abandoned else tuple(self._recall(now))
         verify, self._to_verify = self._to_verify, []
         publish, self._to_publish = self._to_publish, []
-        return Orders(move, self._arrived(verify), self._arrived(publish), self._wait_s(now))
+        return Orders(move, self._arrived(verify), self._arrived(publish), self._wait_s(now), recall)
 
     def _assign(self) -> None:
         """Have each block that waits for nobody wait for a source, or fail it if there is none left.
@@ -177,9 +188,7 @@ class Ledger:
             if offer is None:
                 self._step(block, Event.EXHAUSTED)
                 continue
-            block.source = offer.source
-            is_again = offer.source in block.tried
-            self._sources[offer.source].queue.put(block.want, offer.address, is_again=is_again)
+            self._put(block, self._sources[offer.source])
 
     def _choose(self, block: _Block) -> Offer | None:
         """Of the offers that are open: first one not doubted, then not tried, nearest, least loaded."""
@@ -195,14 +204,53 @@ class Ledger:
         source = self._sources[offer.source]
         return source.is_doubted, offer.source in tried, source.party.tier, source.load_nbytes
 
+    def _share(self, now: float) -> None:
+        """Let who is idle have of what waits for others: the last of it, half at most, so that both end together."""
+        for idle in [source for source in self._sources.values() if source.is_idle]:
+            held_up = (s for s in self._sources.values() if s.queue and s.is_held_up(now))
+            for busy in sorted(held_up, key=lambda s: -s.queue.nbytes):
+                if busy.party.tier < idle.party.tier:
+                    continue  # else every restore from memory would end on the disk
+                nbytes = min(idle.party.limits.nbytes, busy.queue.nbytes // 2)
+                for want in busy.queue.take_last(partial(self._is_open, idle), nbytes):
+                    self._put(self._blocks[want.row], idle)
+                if idle.queue:
+                    break
+
+    def _is_open(self, source: Record, row: int) -> bool:
+        """Whether a block may be asked of a source for the first time."""
+        block = self._blocks[row]
+        return source.key not in block.tried and any(offer.source == source.key for offer in block.offers)
+
+    def _put(self, block: _Block, source: Record) -> None:
+        """Have a block wait for a source that offers it."""
+        block.source = source.key
+        address = next(offer.address for offer in block.offers if offer.source == source.key)
+        source.queue.put(block.want, address, is_again=source.key in block.tried)
+
+    def _recall(self, now: float) -> Iterable[Batch]:
+        """The batches that somebody who is idle would bring sooner, each once."""
+        idle = [source for source in self._sources.values() if source.is_idle]
+        for source in self._sources.values() if idle else ():
+            for batch, course in source.under_way.items():
+                if course.is_recalled or not self._would_serve(idle, source, batch, now):
+                    continue
+                course.is_recalled = True
+                for other in source.under_way.values():
+                    other.is_disturbed = True
+                yield batch
+
+    def _would_serve(self, idle: Sequence[Record], source: Record, batch: Batch, now: float) -> bool:
+        late = [other for other in idle if other is not source and source.is_late(batch, other, now)]
+        return any(self._is_open(other, want.row) for other in late for want in batch.wants)
+
     def _start(self, now: float) -> Iterable[Batch]:
         free = LANES_MAX - sum(len(source.under_way) for source in self._sources.values())
         ready = [s for s in self._sources.values() if s.has_room and not s.pause_s(now)]
         while ready and free > 0:
             source = min(ready, key=lambda s: len(s.under_way))
             batch = source.queue.cut(source.key, source.party.limits)
-            source.under_way[batch] = now
-            source.moving_nbytes += batch.nbytes
+            source.begin(batch, now)
             for want in batch.wants:
                 self._step(self._blocks[want.row], Event.STARTED)
             yield batch
@@ -216,15 +264,19 @@ class Ledger:
     def _wait_s(self, now: float) -> float | None:
         if self.is_cancelled:
             return None
-        pauses = (s.pause_s(now) for s in self._sources.values() if s.is_doubted and s.has_room)
-        return min((pause for pause in pauses if pause), default=None)
+        doubted = (s for s in self._sources.values() if s.is_doubted and s.has_room)
+        pauses = [pause for s in doubted if (pause := s.pause_s(now))]
+        sources = self._sources.values()
+        if not self._is_abandoned and any(s.is_idle for s in sources) and any(s.under_way for s in sources):
+            pauses.append(LOOK_S)  # what is under way may be late by then
+        return min(pauses, default=None)
 
     # -- what happened ---------------------------------------------------------------------------------------
 
-    def moved(self, batch: Batch, checksums: Mapping[int, bytes]) -> None:
+    def moved(self, batch: Batch, checksums: Mapping[int, bytes], now: float) -> None:
         """The batch's bytes are in place, with the checksums that were taken on the way, by row."""
-        source = self._end(batch)
-        source.failures = 0
+        source = self._sources[batch.source]
+        source.note_service(source.end(batch), batch.nbytes, now)
         for want in batch.wants:
             self._came(want.row, checksums)
 
@@ -241,17 +293,24 @@ class Ledger:
         if len(error.lost) == len(batch.wants):
             self.failed(batch, error, now)
             return
-        source = self._end(batch)
-        source.failures = 0
+        source = self._sources[batch.source]
+        course, before = source.end(batch), source.standing
+        if course.is_recalled:
+            source.note_recall(now)
+        else:
+            source.failures = 0
         for row in (want.row for want in batch.wants):
             if row in error.lost:
-                self._lose(self._blocks[row], source, error.lost[row])
+                self._lose(self._blocks[row], source, error.lost[row], course)
             else:
                 self._came(row, error.came)
+        if source.standing is not before:
+            self._reassign(source)
 
-    def _lose(self, block: _Block, source: Record, reason: str) -> None:
+    def _lose(self, block: _Block, source: Record, reason: str, course: Course) -> None:
         block.give_reason(f"{source.party.name}: {reason}")
-        block.try_again_or_close(source.key)
+        if course.is_recalled or not course.is_disturbed:
+            block.try_again_or_close(source.key)
         self._want_again(block, Event.LOST)
 
     def failed(self, batch: Batch, error: Exception, now: float) -> None:
@@ -259,10 +318,12 @@ class Ledger:
 
         Where its destination is gone, nothing can be put there any more: what is wanted has failed.
         """
-        started = self._sources[batch.source].under_way[batch]
-        source = self._end(batch)
-        before = source.standing
-        source.note_failure(started, now)
+        source = self._sources[batch.source]
+        course, before = source.end(batch), source.standing
+        if course.is_recalled:
+            source.note_recall(now)
+        elif not course.is_disturbed:
+            source.note_failure(course.started, now)
         timed_out = isinstance(error, TransferFailed) and error.timed_out
         is_gone = isinstance(error, TransferFailed) and error.is_destination_gone
         if timed_out:
@@ -273,7 +334,7 @@ class Ledger:
             block = self._blocks[want.row]
             if timed_out:
                 block.close(source.key)
-            self._lose(block, source, lost.get(want.row) or told(error))
+            self._lose(block, source, lost.get(want.row) or told(error), course)
         if is_gone:
             self._abandon(told(error))
         elif source.standing is not before:
@@ -299,10 +360,15 @@ class Ledger:
         self._turn_down(self._blocks[row], Event.REFUSED, reason)
 
     def _turn_down(self, block: _Block, event: Event, reason: str) -> None:
-        """It is wanted again, from another source; if it was right once, it may come from the same one once more."""
+        """It is wanted again, from another source. If late bytes spoiled it, the one it came from is not at fault."""
         block.give_reason(f"{self._sources[block.source].party.name}: {reason}")
         was_right, block.checksum = block.checksum is not None, None
-        block.try_again_or_close(block.source) if was_right else block.close(block.source)
+        if not was_right:
+            block.close(block.source)
+        elif event is Event.REFUSED:
+            block.try_again_or_close(block.source)
+        else:
+            block.tried += (block.source,)
         self._want_again(block, event)
 
     def published(self, row: int) -> None:
@@ -382,12 +448,6 @@ class Ledger:
     def _want_again(self, block: _Block, event: Event) -> None:
         self._step(block, event)
         self._unassigned.append(block.want.row)
-
-    def _end(self, batch: Batch) -> Record:
-        source = self._sources[batch.source]
-        del source.under_way[batch]
-        source.moving_nbytes -= batch.nbytes
-        return source
 
     def _reassign(self, source: Record) -> None:
         """Send away who waits for a source that is doubted, or given up; who has no other comes back."""

@@ -6,9 +6,9 @@ Which offer is taken, and what becomes of a block whose source fails, is decided
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from transfer.engine import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy, Watch
@@ -104,6 +104,22 @@ class Queue:
             nbytes += want.nbytes
         self.nbytes -= nbytes
         return Batch(source, tuple(wants), tuple(addresses), nbytes)
+
+    def take_last(self, is_wanted: Callable[[int], bool], nbytes: int) -> list[Want]:
+        """Send away the last of those rows that are wanted elsewhere, up to so many bytes, but one at least."""
+        taken: list[Want] = []
+        left = nbytes
+        for _, _, row, want in sorted(self._heap, reverse=True):
+            if taken and want.nbytes > left:
+                break
+            if is_wanted(row):
+                taken.append(want)
+                left -= want.nbytes
+        gone = {want.row for want in taken}
+        self._heap = [each for each in self._heap if each[2] not in gone]
+        heapify(self._heap)
+        self.nbytes -= sum(want.nbytes for want in taken)
+        return taken
 
     def clear(self) -> list[int]:
         """Send all away; their rows."""

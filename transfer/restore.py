@@ -169,6 +169,8 @@ class Restore:
         with self._changed:
             what()
             orders = self._ledger.next(time.monotonic())
+            for batch in orders.recall:
+                batch.watch.is_recalled = True
             for batch in orders.move:
                 self._movers.submit(self._guard, self._move, batch)
             for block in orders.verify:
@@ -200,7 +202,7 @@ class Restore:
             # No name may keep the error beyond this block: its frames hold the engine, which must be gone when dropped.
             self._tell(partial(self._ledger.failed, batch, error, time.monotonic()))
         else:
-            self._tell(partial(self._ledger.moved, batch, checksums))
+            self._tell(partial(self._ledger.moved, batch, checksums, time.monotonic()))
 
     def _verify(self, block: Arrived) -> None:
         try:

@@ -5,6 +5,11 @@
 
 Why not given up at once: a failure may pass, and a source that failed twice may be the only one that has a block. Why
 given up at all: one that is dead answers each question after a second, or ten, and there may be thousands to ask.
+
+A source may also be slow, or say nothing, for as long as it likes: what is thought of that depends on who else could
+serve. Beside one that is as near and idle it is *late* once its batch will take longer than that one would, by far; the
+measure is what that one took, of this very restore. Beside one that is farther, a disk, it is late only if it is silent
+for SILENCE_S or slower than any disk: else every large restore from memory would end on the disk.
 """
 
 from __future__ import annotations
@@ -20,6 +25,10 @@ UNVERIFIED_BATCHES_MAX = 2  # for each lane of a source: it waits for its checks
 SOURCE_FAILURES_MAX = 2  # failed batches in a row, after which a source is doubted
 PATIENCE_S = 2.0  # of nothing but failures, after which a doubted source is given up
 DOUBT_PAUSE_S = 0.05  # before a doubted source is asked again
+GRACE_S = 0.25  # within which nobody is late, whatever others would take: machines have hiccups
+LATE_FACTOR = 2.0  # times what another would take, a batch may take besides
+SILENCE_S = 3.0  # without a byte: more than a network's hiccup, and less than anybody wants to wait
+PACE_NBYTES_PER_S = 4 << 20  # of a source: 100 Mbit/s are 12 MB/s, a disk that does not do 4 is broken
 
 
 class Standing(StrEnum):
@@ -40,15 +49,34 @@ class Party(NamedTuple):
 
 
 @dataclass(slots=True)
+class Course:
+    """How far one batch is. Times are those of whoever asks the ledger."""
+
+    started: float
+    is_recalled: bool = False
+    is_disturbed: bool = False
+    """Whether another batch of its source was recalled meanwhile: connections are cut for that, perhaps its own."""
+
+
+@dataclass(slots=True)
 class Record:
     """How one source stands in one restore: what waits for it, what is under way, how it has done."""
 
     key: Hashable
     party: Party
     queue: Queue = field(default_factory=Queue)
-    under_way: dict[Batch, float] = field(default_factory=dict)
-    """When each was started."""
+    under_way: dict[Batch, Course] = field(default_factory=dict)
     moving_nbytes: int = 0
+    busy_since: float = 0.0
+    """When the first of the batches was started that follow each other until now."""
+    heard_at: float = 0.0
+    """When it was last seen to bring a byte, or was first asked."""
+    arrived_nbytes: int = 0
+    """Brought since `busy_since`, as far as it was seen."""
+    ended_nbytes: int = 0
+    """Of which by batches that have ended."""
+    pace_s: float | None = None
+    """Seconds a byte of the batch that it was quickest with; None until it has brought one."""
     unverified_nbytes: int = 0
     failures: int = 0
     """In a row."""
@@ -83,6 +111,60 @@ class Record:
 
     def pause_s(self, now: float) -> float:
         return max(0.0, self.again_at - now) if self.is_doubted else 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it could do more than it has to do."""
+        is_good = self.standing is Standing.GOOD
+        return is_good and not self.queue and len(self.under_way) < self.party.lanes
+
+    def begin(self, batch: Batch, now: float) -> None:
+        if not self.under_way:
+            self.busy_since = self.heard_at = now
+            self.arrived_nbytes = self.ended_nbytes = 0
+        self.under_way[batch] = Course(now)
+        self.moving_nbytes += batch.nbytes
+
+    def end(self, batch: Batch) -> Course:
+        self.moving_nbytes -= batch.nbytes
+        self.ended_nbytes += batch.watch.arrived_nbytes
+        return self.under_way.pop(batch)
+
+    def listen(self, now: float) -> None:
+        """Take notice of what has arrived."""
+        arrived = self.ended_nbytes + sum(batch.watch.arrived_nbytes for batch in self.under_way)
+        if arrived > self.arrived_nbytes:
+            self.arrived_nbytes, self.heard_at = arrived, now
+
+    def is_silent(self, now: float) -> bool:
+        """Whether it brings nothing, or next to nothing."""
+        busy_s = now - self.busy_since
+        is_slow = busy_s >= SILENCE_S and self.arrived_nbytes < PACE_NBYTES_PER_S * busy_s
+        return is_slow or now - self.heard_at >= SILENCE_S
+
+    def is_late(self, batch: Batch, other: Record, now: float) -> bool:
+        """Whether a batch that is under way had better be brought by another source, which is idle."""
+        if other.party.tier > self.party.tier or other.pace_s is None:
+            return self.is_silent(now)
+        elapsed, arrived = now - self.under_way[batch].started, batch.watch.arrived_nbytes
+        left_s = elapsed * (batch.nbytes - arrived) / arrived if arrived else elapsed
+        return elapsed > GRACE_S and left_s > GRACE_S + LATE_FACTOR * other.pace_s * batch.nbytes
+
+    def is_held_up(self, now: float) -> bool:
+        """Whether what waits for it will not have its turn at once."""
+        return any(now - course.started >= DOUBT_PAUSE_S for course in self.under_way.values())
+
+    def note_service(self, course: Course, nbytes: int, now: float) -> None:
+        self.failures = 0
+        if nbytes:
+            pace_s = (now - course.started) / nbytes
+            self.pace_s = pace_s if self.pace_s is None else min(pace_s, self.pace_s)
+
+    def note_recall(self, now: float) -> None:
+        """It was too slow beside others: it is asked for what only it has, which it may bring in its own time."""
+        if self.standing is Standing.GOOD:
+            self.failures, self.failing_since = SOURCE_FAILURES_MAX, now
+        self.again_at = now + DOUBT_PAUSE_S
 
     def note_failure(self, started: float, now: float) -> None:
         if not self.failures:

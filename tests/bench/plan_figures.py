@@ -37,7 +37,7 @@ def main() -> None:
         while batches := ledger.next(0.0).move:
             made += len(batches)
             for batch in batches:
-                ledger.moved(batch, taken)
+                ledger.moved(batch, taken, 0.0)
         seconds.append(time.perf_counter() - started)
     print(f"{BLOCKS:,} blocks x 2 offers: {statistics.median(seconds) * 1e3:.0f} ms, best {min(seconds) * 1e3:.0f} ms")
     print(f"{made:,} batches, {len(parties)} sources")

@@ -188,7 +188,7 @@ def planning() -> dict[str, float]:
         ledger = Ledger(wants, offers, {"local": Party("local", 0, THREADS, Limits(nbytes=32 << 20))})
         while batches := ledger.next(0.0).move:
             for batch in batches:
-                ledger.moved(batch, dict.fromkeys((want.row for want in batch.wants), expected))
+                ledger.moved(batch, dict.fromkeys((want.row for want in batch.wants), expected), 0.0)
 
     at_bind, at_restore = best(compare, lay_out)
     return {

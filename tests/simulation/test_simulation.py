@@ -54,6 +54,12 @@ def test_it_finds_a_fence_that_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> 
     assert "is published with" in first_broken()
 
 
+def test_it_finds_a_slow_peer_that_nobody_takes_over_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken out: that what is late at one source is brought by another which is idle."""
+    monkeypatch.setattr(Ledger, "_recall", lambda self, now: ())
+    assert "missing beside good replicas" in first_broken()
+
+
 def test_it_finds_a_block_that_is_lost_beside_a_good_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taken out: that what failed is tried again although nothing new was seen."""
     monkeypatch.setattr(upkeep, "RETRY_INTERVAL_S", float("inf"))

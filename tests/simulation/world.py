@@ -7,6 +7,7 @@ a real cluster meets once a year is met here every few seeds, and the seed that 
 A peer has every block of the one content that is right. A transfer with a peer that is paused times out, and its bytes
 arrive when the peer wakes, whenever that is, unless the engine that issued it was dropped meanwhile: as it was measured
 of the real one. By then the paused peer's memory may have been given to something else, so what arrives late is wrong.
+A peer may also be slow, for as long as it likes. A transfer that is recalled ends at once, or else times out.
 
 Three promises are looked after at every step:
 
@@ -37,6 +38,7 @@ ROWS = 17
 NBYTES = 3333
 RIGHT, WRONG, NOTHING = b"right", b"wrong", b"nothing"
 TRANSFER_S = 1.0  # of a batch at most: slow, so that a restore is still under way when something happens
+SLOW_S = 100.0
 TIMEOUT_S = 10.0
 LOOK_S = 0.5
 UNREACHABLE_S_MIN = (FAILURES_MAX - 1) * PROBE_INTERVAL_S * 0.85  # a prober may be a little early
@@ -54,6 +56,7 @@ class Fellow:
 
     name: str
     is_dead: bool = False
+    is_slow: bool = False
     paused_until: float | None = None
     revision: int = 1
     failing_since: float | None = None
@@ -88,6 +91,10 @@ class World:
         self.published: set[int] = set()
         self.ledger: Ledger | None = None
         self._late: list[tuple[str, Batch]] = []
+        self._asked: set[str] = set()
+        """Whom the restore under way asks."""
+        self._over: set[Batch] = set()
+        """Those that were recalled."""
         self._lacking_since: dict[int, float] = {}
         self.events = 0
 
@@ -113,7 +120,9 @@ class World:
     def _fate(self) -> None:
         """Something happens to a peer, or to a block of ours; soon something else does."""
         peer = self._random.choice(list(self.peers.values()))
-        what = self._random.choice([self._die, self._come_back, self._pause, self._pause, self._rot, self._look])
+        what = self._random.choice(
+            [self._die, self._come_back, self._pause, self._pause, self._rot, self._look, self._slow, self._hurry]
+        )
         what(peer)
         is_calm = self._random.random() < 0.1
         self.later(2 * PATIENCE_S if is_calm else self._random.expovariate(1 / 4.0), self._fate)
@@ -127,9 +136,16 @@ class World:
         if peer.is_dead:
             peer.is_dead, peer.revision, peer.answering_since = False, peer.revision + 1, self.now
 
+    def _slow(self, peer: Fellow) -> None:
+        peer.is_slow = True
+
+    def _hurry(self, peer: Fellow) -> None:
+        if peer.is_slow:  # what it has under way goes on as slowly as it began
+            peer.is_slow, peer.answering_since = False, self.now + SLOW_S
+
     def _pause(self, peer: Fellow) -> None:
         if peer.answers():
-            seconds = self._random.choice([0.3, 3.0, 11.0, 13.0, 60.0])
+            seconds = self._random.choice([0.3, 2.0, 3.0, 4.0, 5.0, 11.0, 13.0, 60.0])
             peer.paused_until = self.now + seconds
             self.later(seconds, lambda: self._wake(peer))
 
@@ -210,7 +226,7 @@ class World:
         parties = {p.node_id: Party(p.node_id, tiers[p.state], 1, Limits(nbytes=2 * NBYTES)) for p in usable}
         wants = [Want(key.expert, NBYTES, RIGHT) for key in task.experts]
         offers = {want.row: [Offer(name, want.row * NBYTES) for name in parties] for want in wants}
-        self.ledger = Ledger(wants, offers, parties)
+        self.ledger, self._asked = Ledger(wants, offers, parties), set(parties)
         self._obey()
 
     def _obey(self) -> None:
@@ -220,6 +236,8 @@ class World:
         if ledger.waits_for:
             self._fence()
         orders = ledger.next(self.now)
+        for batch in orders.recall:
+            self._recall(ledger, batch)
         for batch in orders.move:
             self._move(ledger, batch)
         for block in orders.verify:
@@ -231,6 +249,8 @@ class World:
             self.later(orders.wait_s, self._obey)
         if ledger.is_over:
             self._fence()
+            if not self._good():  # it had nobody to bring anything: what is missing is so from now on
+                self._lacking_since.clear()
             self.ledger = None
         elif orders.publish or ledger.waits_for:
             self.later(0.0, self._obey)
@@ -253,24 +273,51 @@ class World:
             self._late.append((peer.name, batch))
             self.later(TIMEOUT_S, lambda: self._lose(ledger, batch, timed_out=True))
         else:
-            self.later(TRANSFER_S * self._random.random(), lambda: self._arrive(ledger, batch, peer))
+            takes_s = SLOW_S if peer.is_slow else TRANSFER_S * self._random.random()
+            self.later(takes_s, lambda: self._arrive(ledger, batch, peer))
+
+    def _recall(self, ledger: Ledger, batch: Batch) -> None:
+        """Its connections are cut, and nothing of it arrives any more; or nobody knows, and it may."""
+        is_cut = self._random.random() < 0.5
+        self._late = [each for each in self._late if each[1] is not batch]
+        if not is_cut:
+            self._late.append((str(batch.source), batch))
+            self.later(TRANSFER_S * self._random.random(), lambda: self._straggle(batch))
+        self._lose(ledger, batch, timed_out=not is_cut)
+        self._over.add(batch)
+
+    def _straggle(self, batch: Batch) -> None:
+        """What was recalled in vain arrives, unless its engine is gone."""
+        if any(late is batch for _, late in self._late):
+            self._late = [each for each in self._late if each[1] is not batch]
+            for want in batch.wants:
+                self.memory[want.row] = WRONG
 
     def _lose(self, ledger: Ledger, batch: Batch, *, timed_out: bool) -> None:
+        if batch in self._over:
+            return
         ledger.failed(batch, TransferFailed("no answer", timed_out=timed_out), self.now)
         self._obey()
 
     def _arrive(self, ledger: Ledger, batch: Batch, peer: Fellow) -> None:
+        if batch in self._over:
+            return
         if not peer.answers():  # it went in the middle
             self._move(ledger, batch)
             return
         for want in batch.wants:
             self.memory[want.row] = RIGHT
-        ledger.moved(batch, {})
+        ledger.moved(batch, {}, self.now)
         self._obey()
 
     def _verify(self, ledger: Ledger, block: Arrived) -> None:
         ledger.verified(block.want.row, self.memory[block.want.row])
         self._obey()
+
+    def _good(self) -> list[Fellow]:
+        """Those that a restore can be had from now; one that is under way knows no peer that came later."""
+        asked = self.peers if self.ledger is None else self._asked
+        return [p for p in self.peers.values() if p.answers() and not p.is_slow and p.name in asked]
 
     # -- what must hold --------------------------------------------------------------------------------------
 
@@ -287,8 +334,9 @@ class World:
                     raise PromiseBroken(f"seed {self.seed}: {peer.node_id} was given up after {failed_for:.2f} s")
 
     def _check_liveness(self) -> None:
-        """While one and the same peer answers, all that is missing comes."""
-        calm_since = min((p.answering_since for p in self.peers.values() if p.answers()), default=self.now)
+        """While one and the same peer answers and is not slow, all that is missing comes, whatever others do."""
+        good = self._good()
+        calm_since = min((p.answering_since for p in good), default=self.now)
         for row in range(ROWS):
             if row in self.published:
                 self._lacking_since.pop(row, None)

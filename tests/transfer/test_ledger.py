@@ -16,11 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.errors import SomeLost, TransferFailed
-from transfer.ledger import LANES_MAX, NOBODY, OFFER_TRIES_MAX, REASONS_MAX, STEPS, Event, Ledger, Orders, Stage
+from transfer.ledger import LANES_MAX, LOOK_S, NOBODY, OFFER_TRIES_MAX, REASONS_MAX, STEPS, Event, Ledger, Orders, Stage
 from transfer.plan import Batch, Limits, Offer, Want
 from transfer.standing import (
     DOUBT_PAUSE_S,
+    GRACE_S,
+    LATE_FACTOR,
+    PACE_NBYTES_PER_S,
     PATIENCE_S,
+    SILENCE_S,
     SOURCE_FAILURES_MAX,
     UNVERIFIED_BATCHES_MAX,
     Party,
@@ -71,7 +75,7 @@ class Block:
 
     def move(self) -> None:
         self.start()
-        self.ledger.moved(self._batch, {})
+        self.ledger.moved(self._batch, {}, 0.0)
 
     def time_out_then_move(self) -> None:
         self.start()
@@ -108,8 +112,8 @@ class Block:
         batch = self.batch or Batch("a", (want(7),), (7,), NBYTES)
         events: dict[str, Callable[[], object]] = {
             "next": lambda: self.ledger.next(0.0),
-            "moved": lambda: self.ledger.moved(batch, {}),
-            "moved with a checksum": lambda: self.ledger.moved(batch, {7: RIGHT}),
+            "moved": lambda: self.ledger.moved(batch, {}, 0.0),
+            "moved with a checksum": lambda: self.ledger.moved(batch, {7: RIGHT}, 0.0),
             "failed": lambda: self.ledger.failed(batch, BROKE, 0.0),
             "failed for good": lambda: (self.ledger.failed(batch, GONE, 0.0), self.ledger.next(0.0)),
             "timed out": lambda: self.ledger.failed(batch, LATE, 0.0),
@@ -206,7 +210,7 @@ class Source:
 
 
 def served(s: Source) -> None:
-    s.ledger.moved(s.batch, {w.row: RIGHT for w in s.batch.wants})
+    s.ledger.moved(s.batch, {w.row: RIGHT for w in s.batch.wants}, 0.0)
 
 
 def fails(s: Source, after_s: float = 0.0, error: Exception = BROKE) -> None:
@@ -265,7 +269,7 @@ def test_a_doubted_source_is_not_given_up_while_a_batch_of_it_may_still_come() -
     ledger.failed(first, BROKE, 9 * PATIENCE_S)
     ledger.failed(second, BROKE, 9 * PATIENCE_S)
     assert ledger.standing("a") is Standing.DOUBTED
-    ledger.moved(third, {})
+    ledger.moved(third, {}, 0.0)
     assert ledger.standing("a") is Standing.GOOD
 
 
@@ -298,6 +302,141 @@ def test_what_waits_for_a_source_that_is_given_up_fails_with_the_reason() -> Non
     assert source.ledger.failures[0].startswith("a: the wire broke")
 
 
+# -- a source that is slow: what becomes of what it has under way, and of what waits for it ----------------------
+
+
+class Race:
+    """`slow` and `other` have the same 20 blocks; `other` has served its batch in a second, and is idle."""
+
+    def __init__(self, other_tier: int = 0, blocks: int = 10, has: Iterable[int] = range(20)) -> None:
+        parties = party("slow", 0, blocks=blocks), party("other", other_tier, blocks=blocks)
+        self.ledger = ledger_of({"slow": range(20), "other": has}, *parties)
+        self.slow, *self.rest = sorted(self.ledger.next(0.0).move, key=lambda batch: batch.source != "slow")
+        for batch in self.rest:
+            self.ledger.moved(batch, {w.row: RIGHT for w in batch.wants}, 1.0)
+
+    def recalled(self, now: float) -> bool:
+        return self.ledger.next(now).recall == (self.slow,)
+
+    def ends(self, error: Exception, now: float) -> list[Batch]:
+        self.ledger.failed(self.slow, error, now)
+        return list(self.ledger.next(now).move)
+
+
+CUT = TransferFailed("was recalled", lost=frozenset({0}))
+
+
+def test_what_is_late_is_recalled_once_and_brought_by_who_is_idle() -> None:
+    race = Race()
+    assert race.ledger.next(1.0).wait_s == LOOK_S
+    late_at = GRACE_S + LATE_FACTOR * 1.0
+    assert not race.recalled(late_at - 0.01)
+    assert race.recalled(late_at + 0.01)
+    assert not race.recalled(late_at + 9), "each once"
+    (batch,) = race.ends(CUT, 3.0)
+    assert (batch.source, batch.wants) == ("other", race.slow.wants)
+    assert race.ledger.standing("slow") is Standing.DOUBTED
+
+
+def test_what_will_be_there_sooner_than_another_would_bring_it_is_not_recalled() -> None:
+    race = Race()
+    race.slow.watch.arrived_nbytes = race.slow.nbytes * 2 // 3
+    assert not race.recalled(4.0), "two more seconds"
+    assert race.recalled(4.0 + LATE_FACTOR), "it has come no farther"
+
+
+def test_what_was_recalled_and_comes_all_the_same_is_good() -> None:
+    race = Race()
+    assert race.recalled(9.0)
+    race.ledger.moved(race.slow, {w.row: RIGHT for w in race.slow.wants}, 9.1)
+    assert race.ledger.next(9.1).move == ()
+    assert race.ledger.standing("slow") is Standing.GOOD
+
+
+def test_of_a_batch_that_was_recalled_only_what_has_not_come_is_brought_again() -> None:
+    race = Race()
+    assert race.recalled(9.0)
+    here, *lost = [w.row for w in race.slow.wants]
+    race.ledger.came_in_part(race.slow, SomeLost(dict.fromkeys(lost, "was recalled"), {here: RIGHT}), 9.0)
+    (batch,) = race.ledger.next(9.0).move
+    assert (batch.source, rows_of([batch])) == ("other", lost)
+    assert race.ledger.standing("slow") is Standing.DOUBTED
+
+
+def test_late_bytes_of_a_batch_that_would_not_end_hold_its_blocks_back() -> None:
+    race = Race()
+    assert race.recalled(9.0)
+    (batch,) = race.ends(LATE, 9.0)
+    race.ledger.moved(batch, {w.row: RIGHT for w in batch.wants}, 10.0)
+    assert {race.ledger.stage(w.row) for w in batch.wants} == {Stage.HELD_BACK}
+
+
+def test_a_source_that_is_farther_takes_over_only_from_one_that_is_silent_or_slower_than_any_disk() -> None:
+    for arrives_nbytes_per_s, is_late in ((0, True), (PACE_NBYTES_PER_S / 2, True), (PACE_NBYTES_PER_S * 2, False)):
+        race = Race(other_tier=1)
+        for second in range(1, int(SILENCE_S) + 9):
+            race.slow.watch.arrived_nbytes = int(second * arrives_nbytes_per_s)
+            if race.recalled(float(second)):
+                assert second >= SILENCE_S
+                assert is_late
+                break
+        else:
+            assert not is_late
+
+
+def test_nothing_is_recalled_that_nobody_else_has() -> None:
+    race = Race(has=())
+    assert not race.recalled(999.0)
+
+
+def test_a_source_that_was_recalled_is_not_given_up_and_brings_what_only_it_has() -> None:
+    ledger = ledger_of({"slow": [1, 2], "other": [1]}, party("slow", blocks=2), party("other", 1, blocks=2))
+    (slow,) = ledger.next(0.0).move
+    assert ledger.next(SILENCE_S).recall == (slow,)
+    ledger.failed(slow, CUT, SILENCE_S)
+    later = SILENCE_S + DOUBT_PAUSE_S
+    moves = {batch.source: batch for now in (SILENCE_S, later) for batch in ledger.next(now).move}
+    assert {source: rows_of([batch]) for source, batch in moves.items()} == {"other": [1], "slow": [2]}
+    assert ledger.next(later + 9 * SILENCE_S).recall == ()
+    ledger.moved(moves["slow"], {2: RIGHT}, later + 10 * SILENCE_S)
+    assert ledger.standing("slow") is Standing.GOOD
+
+
+def test_what_fails_because_its_neighbour_was_recalled_has_not_been_tried() -> None:
+    """Its connections may have been cut with the other's."""
+    ledger = ledger_of({"slow": [1, 2], "other": [1]}, party("slow", lanes=2), party("other", 1))
+    one, two = ledger.next(0.0).move
+    for _ in range(OFFER_TRIES_MAX + 1):
+        if recall := ledger.next(SILENCE_S).recall:
+            assert recall == (one,)
+            ledger.failed(one, CUT, SILENCE_S)
+            ledger.failed(two, BROKE, SILENCE_S)
+        else:
+            (two, *_) = [b for b in ledger.next(SILENCE_S + DOUBT_PAUSE_S).move if b.source == "slow"]
+            ledger.moved(two, {2: RIGHT}, SILENCE_S + 1)
+            break
+    assert ledger.stage(2) is Stage.RIGHT
+
+
+def test_who_is_idle_takes_half_of_what_waits_for_another_from_its_end() -> None:
+    race = Race(blocks=1)
+    moved = [race.slow, *race.rest]
+    while True:  # the other ends each of its batches at once
+        batches = race.ledger.next(1.0).move
+        if not batches:
+            break
+        for batch in batches:
+            assert batch.source == "other"
+            race.ledger.moved(batch, {w.row: RIGHT for w in batch.wants}, 1.0)
+        moved += batches
+    assert sorted(rows_of(moved)) == list(range(20)), "all but what is under way"
+
+
+def test_who_is_idle_takes_nothing_that_waits_for_a_nearer_one() -> None:
+    race = Race(other_tier=1, blocks=1)
+    assert race.ledger.next(1.0).move == ()
+
+
 # -- which source ----------------------------------------------------------------------------------------------
 
 
@@ -307,7 +446,7 @@ def moves_of(ledger: Ledger, now: float = 0.0) -> dict[Any, list[int]]:
     while moves := ledger.next(now).move:
         for batch in moves:
             found.setdefault(batch.source, []).extend(w.row for w in batch.wants)
-            ledger.moved(batch, {w.row: w.checksum or RIGHT for w in batch.wants})
+            ledger.moved(batch, {w.row: w.checksum or RIGHT for w in batch.wants}, 0.0)
     return found
 
 
@@ -347,7 +486,7 @@ def test_a_model_of_deepseeks_size_is_planned_within_the_limits() -> None:
         for batch in moves:
             assert batch.nbytes <= Limits().nbytes
             load[batch.source] += batch.nbytes
-            ledger.moved(batch, {w.row: RIGHT for w in batch.wants})
+            ledger.moved(batch, {w.row: RIGHT for w in batch.wants}, 0.0)
     assert load.total() == 14_848 * nbytes
     assert max(load.values()) <= 1.05 * min(load.values())
 
@@ -358,7 +497,7 @@ def test_a_block_whose_source_failed_goes_to_its_next_offer_at_once_and_other_la
     ledger.failed(first, BROKE, 0.0)
     moves = ledger.next(0.0).move
     assert {batch.source: rows_of([batch]) for batch in moves} == {"a": [2], "b": [0]}
-    ledger.moved(second, {})
+    ledger.moved(second, {}, 0.0)
     assert rows_of(ledger.next(0.0).move) == [3]
 
 
@@ -383,7 +522,7 @@ def test_a_source_that_timed_out_or_gave_wrong_bytes_is_not_asked_for_the_block_
     ledger = ledger_of({"a": [0], "b": [1]})
     a, b = ledger.next(0.0).move
     ledger.failed(a, LATE, 0.0)
-    ledger.moved(b, {1: WRONG})
+    ledger.moved(b, {1: WRONG}, 0.0)
     assert ledger.next(0.0).move == ()
     assert ledger.failures == {0: "a: gave up", 1: f"b: checksum {WRONG.hex()} instead of {RIGHT.hex()}"}
 
@@ -420,7 +559,7 @@ def test_a_source_waits_for_its_checksums() -> None:
     started = 0
     while moves := ledger.next(0.0).move:
         for batch in moves:
-            ledger.moved(batch, {})
+            ledger.moved(batch, {}, 0.0)
             started += 1
     assert UNVERIFIED_BATCHES_MAX * 2 < started <= (UNVERIFIED_BATCHES_MAX + 1) * 2
     ledger.verified(0, RIGHT)
@@ -431,11 +570,11 @@ def test_a_source_waits_for_its_checksums() -> None:
 def test_orders_are_given_once() -> None:
     ledger = ledger_of({"a": range(2)}, party("a", lanes=2))
     first, second = ledger.next(0.0).move
-    ledger.moved(first, {})
-    ledger.moved(second, {1: RIGHT})
+    ledger.moved(first, {}, 0.0)
+    ledger.moved(second, {1: RIGHT}, 0.0)
     orders = ledger.next(0.0)
     assert ([b.want.row for b in orders.verify], [b.want.row for b in orders.publish]) == ([0], [1])
-    assert ledger.next(0.0) == Orders((), (), (), None)
+    assert ledger.next(0.0) == Orders((), (), (), None, ())
 
 
 # -- what was given up on, and late bytes ----------------------------------------------------------------------
@@ -447,7 +586,7 @@ def test_a_block_that_an_outstanding_transfer_may_touch_is_held_back_until_all_s
         (batch,) = ledger.next(0.0).move
         ledger.failed(batch, LATE, 0.0)
     (batch,) = ledger.next(0.0).move
-    ledger.moved(batch, {7: RIGHT})
+    ledger.moved(batch, {7: RIGHT}, 0.0)
     assert ledger.next(0.0).publish == ()
     first, second = ledger.outstanding
     assert rows_of([first]) == [7]
@@ -467,7 +606,7 @@ def test_the_last_look_wants_the_bytes_that_were_verified_also_where_no_checksum
     (batch,) = ledger.next(0.0).move
     ledger.failed(batch, LATE, 0.0)
     (batch,) = ledger.next(0.0).move
-    ledger.moved(batch, {7: RIGHT})
+    ledger.moved(batch, {7: RIGHT}, 0.0)
     ledger.ended(ledger.outstanding[0])
     ledger.next(0.0)
     ledger.verified(7, WRONG)
@@ -492,9 +631,9 @@ def test_a_destination_that_is_gone_fails_what_is_wanted_and_lets_what_is_under_
     ledger = ledger_of({"a": range(5), "b": range(5)})
     a, b = ledger.next(0.0).move
     ledger.failed(a, GONE, 0.0)
-    assert ledger.next(0.0) == Orders((), (), (), None)
+    assert ledger.next(0.0) == Orders((), (), (), None, ())
     assert not ledger.is_over
-    ledger.moved(b, dict.fromkeys(rows_of([b]), RIGHT))
+    ledger.moved(b, dict.fromkeys(rows_of([b]), RIGHT), 0.0)
     assert [block.want.row for block in ledger.next(0.0).publish] == rows_of([b])
     ledger.published(rows_of([b])[0])
     assert ledger.is_over
@@ -510,9 +649,9 @@ def test_cancelling_starts_nothing_more_and_lets_what_is_under_way_end() -> None
     a, b = ledger.next(0.0).move
     ledger.cancel()
     ledger.failed(a, BROKE, 0.0)
-    assert ledger.next(0.0) == Orders((), (), (), None)
+    assert ledger.next(0.0) == Orders((), (), (), None, ())
     assert not ledger.is_over
-    ledger.moved(b, {})
+    ledger.moved(b, {}, 0.0)
     (arrived,) = ledger.next(0.0).verify
     ledger.verified(arrived.want.row, RIGHT)
     assert len(ledger.next(0.0).publish) == 1
@@ -524,7 +663,7 @@ def test_cancelling_starts_nothing_more_and_lets_what_is_under_way_end() -> None
 
 def test_an_empty_ledger_is_over_at_once() -> None:
     ledger = ledger_of({})
-    assert ledger.next(0.0) == Orders((), (), (), None)
+    assert ledger.next(0.0) == Orders((), (), (), None, ())
     assert ledger.is_over
     assert ledger.is_complete
 
@@ -601,7 +740,7 @@ class World:
                 taken = dict.fromkeys(rows_of([batch]), RIGHT if is_good else WRONG)
                 with_them = what == "moved with checksums"
                 self.verified |= {row for row in taken if with_them and is_good}
-                self.ledger.moved(batch, taken if with_them else {})
+                self.ledger.moved(batch, taken if with_them else {}, 0.0)
         for batch in self.ledger.waits_for:
             if self.draw(["right", "wrong"]) == "wrong":
                 self.good |= {row: False for row in rows_of([batch]) if row not in self.published}
