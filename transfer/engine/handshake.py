@@ -24,7 +24,10 @@ DESCRIPTION_NBYTES_MAX = 16 << 20  # thousands of registered ranges
 
 
 def data_address(session_id: str, within_s: float) -> tuple[str, int] | None:
-    """The IP address and port of a session's data connections; None where it does not say so in time."""
+    """The IP address and port of a session's data connections; None where it says otherwise, or nobody is there.
+
+    Raises TimeoutError where somebody is, or seems to be, who says nothing in that time.
+    """
     ends_at = time.monotonic() + within_s
     try:
         port = int(session_id.rpartition(":")[2])
@@ -35,6 +38,8 @@ def data_address(session_id: str, within_s: float) -> tuple[str, int] | None:
                 return None
             said = orjson.loads(_read(line, length - 1, ends_at))
         return plain(ipaddress.ip_address(said["tcp_data_host"])), int(said["tcp_data_port"])
+    except TimeoutError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -44,7 +49,9 @@ def _read(line: socket.socket, nbytes: int, ends_at: float) -> bytes:
     while len(said) < nbytes:
         line.settimeout(max(0.001, ends_at - time.monotonic()))
         part = line.recv(nbytes - len(said))
-        if not part or time.monotonic() > ends_at:
+        if time.monotonic() > ends_at:
+            raise TimeoutError("it speaks too slowly")
+        if not part:
             raise OSError("it ended before all was said")
         said += part
     return bytes(said)

@@ -38,7 +38,10 @@ ODD = [
 ]
 
 
-@pytest.fixture(params=[*ODD, None], ids=[*map(repr, ODD), "a byte at a time"])
+SLOW = ["a byte at a time", "never"]
+
+
+@pytest.fixture(params=[*ODD, *SLOW], ids=map(repr, [*ODD, *SLOW]))
 def odd(request: pytest.FixtureRequest) -> Iterator[str]:
     """A listener that says something else, or says it too slowly."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -46,12 +49,14 @@ def odd(request: pytest.FixtureRequest) -> Iterator[str]:
         def answer() -> None:
             with suppress(OSError), listener.accept()[0] as line:
                 line.recv(333)
-                if request.param is not None:
+                if isinstance(request.param, bytes):
                     line.sendall(request.param)
                     return
                 while True:
-                    line.sendall(b"\x09")
-                    time.sleep(0.033)
+                    line.sendall(b"\x01" if request.param == SLOW[0] else b"")
+                    time.sleep(0.1)
+                    if request.param == SLOW[1] and not line.recv(333):
+                        return
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -59,8 +64,14 @@ def odd(request: pytest.FixtureRequest) -> Iterator[str]:
         thread.join()
 
 
-def test_whoever_answers_otherwise_says_nothing(odd: str) -> None:
-    assert data_address(odd, 0.33) is None
+def test_whoever_answers_otherwise_says_nothing_and_who_is_silent_or_too_slow_is_told_apart(
+    odd: str, request: pytest.FixtureRequest
+) -> None:
+    if any(slow in request.node.name for slow in SLOW):
+        with pytest.raises(TimeoutError):
+            data_address(odd, 0.33)
+    else:
+        assert data_address(odd, 3.3) is None
 
 
 @pytest.mark.parametrize("session", ["", "nonsense", "127.0.0.1:1", "127.0.0.1:99999", "[::1]:x"])
