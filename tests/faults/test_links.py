@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shm import attach
+from shm.layout import SegmentName
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc", "nft"))), reason="needs root, iproute2 and nftables"
@@ -25,6 +31,7 @@ DATA_PORTS = "15000-17000"  # where Mooncake's engines listen
 ADDRESSES = {"a": "10.78.0.1", "b": "10.78.0.2", "c": "10.78.0.3"}
 # Of machines with ten times as much to do as they can: what was, without taking over, is 10 s and more on an idle one.
 ROUTED_AROUND_S = 8.0
+NAMELESS_S_MAX = 18.0  # a resolver waits for 20 s and more
 _numbers = itertools.count()
 
 SERVE = "import sys; from app.cli.main import main; sys.argv[0] = 'hotspare'; main()"
@@ -111,28 +118,44 @@ def links() -> Iterator[Links]:
 class Hosts:
     """A node on each host, and a voice beside a's."""
 
-    def __init__(self, links: Links, python: Callable[..., Any], namespace: str, checkpoint: Path) -> None:
-        self._links, self._python, self._namespace, self._checkpoint = links, python, namespace, checkpoint
-        for host in ("b", "c"):
-            self.serve(host, "--checkpoint", checkpoint).expect(f"{host} is ready")
+    def __init__(self, links: Links, python: Callable[..., Any], namespace: str) -> None:
+        self._links, self._python, self._namespace = links, python, namespace
 
-    def serve(self, host: str, *more: object) -> Any:
+    def serve(self, host: str, *more: object, prefix: Sequence[str] = ()) -> Any:
         peers = [word for h, at in ADDRESSES.items() if h != host for word in ("--peer", f"{h}=http://{at}:{PORT}")]
         arguments = ["serve", "--model", "moe", "--namespace", self._namespace, "--insecure", "--replicas", "3"]
         arguments += ["--node-id", host, "--listen", f"{ADDRESSES[host]}:{PORT}", *peers, *more]
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOTSPARE_", "MC_"))}
+        if prefix:
+            return self._python(SERVE, *arguments, prefix=prefix, env=kept)
         return self._python(SERVE, *arguments, network=self._links.names[host], environment=kept)
 
-    def start(self, *more: object) -> None:
+    def start(self, *more: object, prefix: Sequence[str] = ()) -> None:
         """Start a, and wait until it is ready."""
-        self.node = self.serve("a", *more)
-        self.node.expect("a is ready")
+        self.serve("a", *more, prefix=prefix).expect("a is ready")
         self._voice = self._python(ASK, f"http://{ADDRESSES['a']}:{PORT}", network=self._links.names["a"])
         self._voice.expect("up")
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
         self._voice.tell(json.dumps([method, path, body]))
         return json.loads(self._voice.expect("said"))
+
+    def wait_restore(self, restore_id: str) -> dict[str, Any]:
+        def ended() -> Any:
+            document = self.ask("GET", f"/v1/restores/{restore_id}")
+            return document if document["state"] in ("succeeded", "failed", "cancelled") else None
+
+        document: dict[str, Any] = wait_until(ended, f"end of restore {restore_id}")
+        return document
+
+    def spoil(self) -> None:
+        """Flip a byte of every block of a's: what is restored then has to come from others."""
+        with attach("moe", namespace=self._namespace, node="a") as weights:
+            blocks = [bytes(weights.block(row)) for row in weights.rows()]
+        path = Path("/dev/shm") / SegmentName(self._namespace, "moe", "a").object_name.lstrip("/")
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            for block in blocks:
+                memory[memory.find(block)] ^= 0x80
 
     def restores(self) -> list[dict[str, Any]]:
         return [self.ask("GET", f"/v1/restores/{each['id']}") for each in self.ask("GET", "/v1/restores")["restores"]]
@@ -147,7 +170,10 @@ def took_s(restore: dict[str, Any]) -> float:
 
 @pytest.fixture
 def hosts(links: Links, python: Callable[..., Any], namespace: str, moe_checkpoint: Path) -> Hosts:
-    return Hosts(links, python, namespace, moe_checkpoint)
+    made = Hosts(links, python, namespace)
+    for host in ("b", "c"):
+        made.serve(host, "--checkpoint", moe_checkpoint).expect(f"{host} is ready")
+    return made
 
 
 def filled(hosts: Hosts) -> dict[str, Any]:
@@ -169,3 +195,38 @@ def test_data_ports_that_a_firewall_closes_are_routed_around(links: Links, hosts
     links.firewall("c", f"tcp dport {DATA_PORTS} {verdict}")
     hosts.start("--fill", "peer")
     assert took_s(filled(hosts)) < ROUTED_AROUND_S
+
+
+def test_connections_that_a_firewall_forgot_while_they_were_idle_cost_no_restore(links: Links, hosts: Hosts) -> None:
+    """What a firewall does that keeps a table of connections: it drops what it does not know any more, or resets it."""
+    hosts.start("--fill", "peer")
+    for verdict in ("drop", "reject with tcp reset"):
+        kept = ", ".join(links.connections("a"))
+        assert kept, "this test needs connections"
+        links.firewall("a", f"tcp sport {{ {kept} }} {verdict}", f"tcp dport {{ {kept} }} drop")
+        hosts.spoil()
+        restore = hosts.ask("POST", "/v1/restores", {"target": {"node_id": "a"}, "sources": ["peer"]})
+        found = hosts.wait_restore(restore["id"])
+        assert (found["state"], found["bytes_by_source"]["disk"]) == ("succeeded", 0), found
+        assert took_s(found) < ROUTED_AROUND_S
+
+
+def test_a_name_server_that_does_not_answer_keeps_no_node_from_its_disk_or_its_memory(
+    links: Links, python: Callable[..., Any], namespace: str, moe_checkpoint: Path
+) -> None:
+    links.firewall("b", "udp dport 53 drop")
+    resolver = Path("/etc/netns") / links.names["a"]
+    resolver.mkdir(parents=True)
+    try:
+        (resolver / "resolv.conf").write_text(f"nameserver {ADDRESSES['b']}\n")
+        hosts = Hosts(links, python, namespace)
+        started = time.monotonic()
+        there = ("ip", "netns", "exec", links.names["a"])  # which has it see that name server
+        hosts.start("--checkpoint", moe_checkpoint, "--peer", "d=http://nowhere.example:8470", prefix=there)
+        assert time.monotonic() - started < NAMELESS_S_MAX
+        restore = hosts.ask("POST", "/v1/restores", {"target": {"node_id": "a"}})
+        started = time.monotonic()
+        assert hosts.wait_restore(restore["id"])["state"] == "succeeded"
+        assert time.monotonic() - started < NAMELESS_S_MAX
+    finally:
+        shutil.rmtree(resolver)

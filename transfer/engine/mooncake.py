@@ -40,14 +40,16 @@ POLL_INTERVAL_S = 0.0005
 # of it comes any more.
 UNDER_WAY, DONE, TIMED_OUT = 0, 1, -2  # the last: the transport gave it up, and it may still arrive
 GIVE_UP_SHARE = 0.9  # of Mooncake's own patience: who is first to cut the connection knows what became of the copy
-HANG_UP_WAIT_S = 1.0  # for copies to end whose connections were cut: that takes milliseconds
+# For copies to end whose connections were cut: that takes milliseconds, or a second where one was just being made, and
+# within that an engine is dropped.
+HANG_UP_WAIT_S = 0.25
 SMALL_NBYTES = 64 << 10
 SMALL_PER_LANE = 32  # of which as many may be under way for each connection: what waits for one cannot be recalled
 CONTACT_S = 2.0  # for first contact: a few hundred bytes each way
 CONTACT_POLL_S = 0.02
 KNOCK_NBYTES = 64
 KNOCK_S = 1.5  # for that; a slow link delays it by what waits in its queue
-FRESH_S = 1.0  # a connection that was used since then is taken for good
+FRESH_S = 0.05  # a connection that was used since then is taken for good; to ask costs one round trip
 SILENCES_MAX = 2  # the first may be that of connections which a firewall dropped, not the peer's
 KNOCKS_MAX = TCP_LANES_PER_PEER + SILENCES_MAX  # one connection cut with a reset is found each time, at least
 
