@@ -153,7 +153,10 @@ class PeerDocument(Document):
     self_: bool = Field(False, alias="self", description="The node that answers.")
     node_state: NodeState | None = Field(None, description="What it last said of itself.")
     conflict: str | None = Field(None, description="Why nothing is taken from it, although it answers.")
-    warning: str | None = Field(None, description="What its options and ours disagree on, without harm to any byte.")
+    warning: str | None = Field(
+        None,
+        description="That its memory cannot be read from here, or what its options and ours disagree on.",
+    )
     error: str | None = Field(None, description="Why it last did not answer.")
 
 

@@ -43,7 +43,8 @@ with httpx.Client(base_url=sys.argv[1], trust_env=False, timeout=60) as http:
     for line in sys.stdin:
         method, path, body = json.loads(line)
         answer = http.request(method, path, json=body)
-        print("said", answer.text.replace("\\n", " "), flush=True)
+        is_json = "json" in answer.headers["content-type"]
+        print("said", json.dumps(answer.json() if is_json else answer.text), flush=True)
 """
 
 
@@ -196,19 +197,28 @@ def test_data_ports_that_a_firewall_closes_are_routed_around(links: Links, hosts
     hosts.start("--fill", "peer")
     assert took_s(filled(hosts)) < ROUTED_AROUND_S
 
+    def told() -> Any:
+        (peer,) = [each for each in hosts.ask("GET", "/v1/nodes")["nodes"] if each["node_id"] == "c"]
+        return peer["state"] == "alive" and "its memory cannot be read from here" in (peer["warning"] or "")
 
-def test_connections_that_a_firewall_forgot_while_they_were_idle_cost_no_restore(links: Links, hosts: Hosts) -> None:
+    wait_until(told, "that c answers, and cannot be read from")
+    assert "hotspare_peers_unreadable 1.0" in hosts.ask("GET", "/metrics")
+
+
+@pytest.mark.parametrize("verdict", ["drop", "reject with tcp reset"])
+def test_connections_that_a_firewall_forgot_while_they_were_idle_cost_no_restore(
+    links: Links, hosts: Hosts, verdict: str
+) -> None:
     """What a firewall does that keeps a table of connections: it drops what it does not know any more, or resets it."""
     hosts.start("--fill", "peer")
-    for verdict in ("drop", "reject with tcp reset"):
-        kept = ", ".join(links.connections("a"))
-        assert kept, "this test needs connections"
-        links.firewall("a", f"tcp sport {{ {kept} }} {verdict}", f"tcp dport {{ {kept} }} drop")
-        hosts.spoil()
-        restore = hosts.ask("POST", "/v1/restores", {"target": {"node_id": "a"}, "sources": ["peer"]})
-        found = hosts.wait_restore(restore["id"])
-        assert (found["state"], found["bytes_by_source"]["disk"]) == ("succeeded", 0), found
-        assert took_s(found) < ROUTED_AROUND_S
+    kept = ", ".join(links.connections("a"))
+    assert kept, "this test needs connections"
+    links.firewall("a", f"tcp sport {{ {kept} }} {verdict}", f"tcp dport {{ {kept} }} drop")
+    hosts.spoil()
+    restore = hosts.ask("POST", "/v1/restores", {"target": {"node_id": "a"}, "sources": ["peer"]})
+    found = hosts.wait_restore(restore["id"])
+    assert (found["state"], found["bytes_by_source"]["disk"]) == ("succeeded", 0), found
+    assert took_s(found) < ROUTED_AROUND_S
 
 
 def test_a_name_server_that_does_not_answer_keeps_no_node_from_its_disk_or_its_memory(

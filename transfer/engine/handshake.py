@@ -44,6 +44,32 @@ def data_address(session_id: str, within_s: float) -> tuple[str, int] | None:
         return None
 
 
+def complaint(session_id: str, within_s: float) -> str | None:
+    """Why a session that is said to be there cannot be read from; None if it can be, or nobody can tell from here.
+
+    Connects to both of its ports, sends next to nothing, and takes twice `within_s` at most.
+    """
+    try:
+        contact = str(ipaddress.ip_address(session_host(session_id))), int(session_id.rpartition(":")[2])
+    except ValueError:  # a name, which is not looked up here
+        return None
+    if (why := _refusal(contact, within_s)) is not None:
+        return why
+    try:
+        where = data_address(session_id, within_s)
+    except TimeoutError:
+        return f"port {contact[1]} of {contact[0]} accepts, and says nothing"
+    return None if where is None else _refusal(where, within_s)
+
+
+def _refusal(address: tuple[str, int], within_s: float) -> str | None:
+    try:
+        socket.create_connection(address, within_s).close()
+    except OSError as error:
+        return f"port {address[1]} of {address[0]} cannot be connected to ({error.strerror or error})"
+    return None
+
+
 def _read(line: socket.socket, nbytes: int, ends_at: float) -> bytes:
     said = bytearray()
     while len(said) < nbytes:

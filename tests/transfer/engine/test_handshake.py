@@ -13,7 +13,7 @@ import pytest
 
 from transfer.engine import Copy, MooncakeEngine
 from transfer.engine.connections import connections
-from transfer.engine.handshake import data_address
+from transfer.engine.handshake import complaint, data_address
 
 WITHIN_S = 3.3
 
@@ -77,3 +77,18 @@ def test_whoever_answers_otherwise_says_nothing_and_who_is_silent_or_too_slow_is
 @pytest.mark.parametrize("session", ["", "nonsense", "127.0.0.1:1", "127.0.0.1:99999", "[::1]:x"])
 def test_nobody_says_nothing(session: str) -> None:
     assert data_address(session, 0.33) is None
+
+
+def test_an_engine_that_can_be_read_from_gives_no_cause_for_complaint() -> None:
+    assert complaint(MooncakeEngine("127.0.0.1").session_id, WITHIN_S) is None
+
+
+def test_what_cannot_be_connected_to_or_says_nothing_is_complained_of() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert complaint(f"127.0.0.1:{port}", 0.33) == f"port {port} of 127.0.0.1 accepts, and says nothing"
+    assert "cannot be connected to (Connection refused)" in (complaint(f"127.0.0.1:{port}", WITHIN_S) or "")
+
+
+def test_names_are_not_looked_up() -> None:
+    assert complaint("nowhere.example:15333", WITHIN_S) is None
