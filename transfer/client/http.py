@@ -73,7 +73,7 @@ class NodeHttp:
         try:
             with self._http.stream(method, url, timeout=limits, **options) as answer:
                 body = _read(answer, deadline)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: a name that cannot be one
             raise NodeUnreachable(f"{url}: {type(error).__name__}: {error}") from error
         response = httpx.Response(answer.status_code, content=body, request=answer.request)
         if response.status_code >= 400:
