@@ -40,6 +40,10 @@ class NodeCollector:
         yield self._by_label("hotspare_peers", "Peers by what this node thinks of them.", "state", {
             state.value: peers[state] for state in PeerState
         })  # fmt: skip
+        unreadable = sum(peer.unreadable is not None for peer in self._context.cluster.peers())
+        yield GaugeMetricFamily(
+            "hotspare_peers_unreadable", "Peers that answer, and whose memory cannot be connected to.", value=unreadable
+        )
         yield from self._proofs(holding)
         failures = CounterMetricFamily(
             "hotspare_thread_failures",

@@ -9,6 +9,7 @@ Ages are taken from a clock that only goes forward: the host's date may be set a
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from app.cluster.membership import Membership, NodeReport, Peer, PeerState
 from app.cluster.peers import PeerBlocks
 from shm.errors import ManifestError
 from shm.manifest import Manifest
+
+_log = logging.getLogger("hotspare.cluster")
 
 
 class Version(NamedTuple):
@@ -99,6 +102,16 @@ class Cluster:
             is_current = self._membership.peer(node_id).report is report
             if self._manifest is manifest and is_current:
                 self._blocks[node_id] = replace(blocks, session_id=report.session_id)
+
+    def connected(self, node_id: str, session_id: str, complaint: str | None) -> None:
+        """A connection to a peer's memory was tried, and this is what speaks against reading it."""
+        with self._lock:
+            before = self._membership.peer(node_id).unreadable
+            after = self._membership.connected(node_id, session_id, complaint).unreadable
+        if after is not None and before is None:
+            _log.error("%s answers, but its memory cannot be read from here: %s", node_id, after)
+        elif before is not None and after is None:
+            _log.warning("the memory of %s can be read from here again", node_id)
 
     # -- what is known ---------------------------------------------------------------------------------------
 

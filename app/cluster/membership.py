@@ -134,6 +134,8 @@ class Peer:
     """Its last answer, also when it has failed since."""
     session_id: str = ""
     """The last engine session that it named; an answer without one does not clear it."""
+    unreadable: str | None = None
+    """Why its memory cannot be read from here, although it answers; None if that is not known of this session."""
     sessions: int = 0
     """Sessions seen so far. It grows when the peer restarts: addresses noted before are void then."""
 
@@ -173,7 +175,7 @@ class Membership:
             failures=0, failing_since=None, counted_at=None, error=None,
         )  # fmt: skip
         if report.node_id == node_id and report.session_id not in ("", before.session_id):
-            after = replace(after, session_id=report.session_id, sessions=before.sessions + 1)
+            after = replace(after, session_id=report.session_id, sessions=before.sessions + 1, unreadable=None)
         return self._note(after, now)
 
     def failed(self, node_id: str, error: str, *, asked_at: float, now: float) -> Peer:
@@ -186,6 +188,13 @@ class Membership:
             since = now if before.failing_since is None else before.failing_since
             after = replace(after, failures=before.failures + 1, failing_since=since, counted_at=asked_at)
         return self._note(after, now)
+
+    def connected(self, node_id: str, session_id: str, complaint: str | None) -> Peer:
+        """A connection to the memory of `node_id` was tried, and this is what speaks against reading it."""
+        known = self._get(node_id)
+        if known.session_id == session_id:
+            self._known[node_id] = replace(known, unreadable=complaint)
+        return self.peer(node_id)
 
     def _note(self, peer: Peer, now: float) -> Peer:
         self._known[peer.node_id] = peer
@@ -236,6 +245,11 @@ class Membership:
         return None
 
     def _warning(self, peer: Peer) -> str | None:
+        if peer.unreadable is not None:
+            return (
+                f"its memory cannot be read from here: {peer.unreadable}; open the transfer engine's ports between the "
+                "nodes"
+            )
         if peer.report is None or not _differ(peer.report.placement_digest, self._placement_digest):
             return None
         return (

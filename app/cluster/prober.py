@@ -4,12 +4,19 @@ Every peer is asked once a PROBE_INTERVAL_S. Who needs fresher news, a restore a
 waits until every peer has been asked and has answered or failed, for LOOK_WAIT_S at most. A peer is asked by one party
 at a time: a second one waits for the answer that is under way, so one that is slow holds one thread, and nobody's count
 of its failures grows faster for being asked often (`app.cluster.membership`).
+
+A peer whose name cannot be looked up keeps a thread for as long as the resolver likes, and that cannot be cut short: so
+who has not answered for LOOK_WAIT_S is not waited for again.
+
+That a peer answers says nothing of the ports that its bytes go through: whether those can be connected to is tried now
+and then, so that it is told before a restore finds out.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -20,10 +27,13 @@ from app.cluster.peers import PeerClient
 from shm.block import ExpertKey
 from shm.errors import HotspareError
 from shm.manifest import Manifest
+from transfer.engine import complaint
 from transfer.loop import Loop
 
 PROBE_INTERVAL_S = 1.0
 LOOK_WAIT_S = 3.0  # a peer is given two seconds to say how it is; who is slower than that is not waited for
+CONNECT_INTERVAL_S = 30.0  # between two tries to connect to a peer's memory
+CONNECT_WAIT_S = 2.0
 ASK_THREADS_MAX = 64
 
 _log = logging.getLogger("hotspare.cluster")
@@ -36,10 +46,13 @@ class Prober:
         self.loop = Loop("hotspare-prober", self._turn)
         self._cluster = cluster
         self._client = client
-        self._under_way: dict[str, Future[None]] = {}
+        self._under_way: dict[str, tuple[Future[None], float]] = {}
+        """By peer: the answer that is waited for, or the last one, and when it was asked for."""
+        self._connected: dict[str, tuple[str, float]] = {}
+        """By peer: the session that was last connected to, and when."""
         self._lock = threading.Lock()
         peers = len(cluster.peers())
-        self._pool = ThreadPoolExecutor(min(ASK_THREADS_MAX, peers), "hotspare-ask") if peers else None
+        self._pool = ThreadPoolExecutor(min(ASK_THREADS_MAX, 2 * peers), "hotspare-ask") if peers else None
 
     def start(self) -> None:
         """Ask in the background until `stop`."""
@@ -65,11 +78,12 @@ class Prober:
             return []
         with self._lock:
             for peer in self._cluster.peers():
-                asked = self._under_way.get(peer.node_id)
+                asked, _ = self._under_way.get(peer.node_id, (None, 0.0))
                 if asked is None or asked.done():
-                    with suppress(RuntimeError):  # it is being stopped
-                        self._under_way[peer.node_id] = self._pool.submit(self._ask, peer)
-            return list(self._under_way.values())
+                    with suppress(RuntimeError):  # it is being stopped, or the system has no more threads
+                        self._under_way[peer.node_id] = self._pool.submit(self._ask, peer), time.monotonic()
+            since = time.monotonic() - LOOK_WAIT_S
+            return [asked for asked, at in self._under_way.values() if asked.done() or at >= since]
 
     def _ask(self, peer: Peer) -> None:
         asked_at = self._cluster.now()
@@ -85,6 +99,23 @@ class Prober:
         manifest = self._cluster.answered(peer.node_id, report, asked_at)
         if manifest is not None:
             self._fetch_map(peer, report, manifest)
+        self._connect(peer.node_id, report.session_id)
+
+    def _connect(self, node_id: str, session_id: str) -> None:
+        """Have the way to a peer's memory tried, if that is due."""
+        before, at = self._connected.get(node_id, ("", 0.0))
+        if not session_id or (before == session_id and time.monotonic() - at < CONNECT_INTERVAL_S):
+            return
+        self._connected[node_id] = session_id, time.monotonic()
+        if self._pool is not None:
+            with suppress(RuntimeError):  # it is being stopped, or the system has no more threads
+                self._pool.submit(self._try_connecting, node_id, session_id)
+
+    def _try_connecting(self, node_id: str, session_id: str) -> None:
+        try:
+            self._cluster.connected(node_id, session_id, complaint(session_id, CONNECT_WAIT_S))
+        except Exception:  # as in `_ask`
+            _log.exception("connecting to %s failed in an unforeseen way", node_id)
 
     def _fetch_map(self, peer: Peer, report: NodeReport, manifest: Manifest) -> None:
         try:

@@ -18,6 +18,7 @@ import xxhash
 
 from shm.block import ExpertKey, HeldBlock
 from shm.errors import HotspareError
+from tests.processes import wait_until
 from transfer.checkpoint import read_checkpoint
 from transfer.checkpoint.content import pin
 from transfer.destination import Destination, Landing, Resident
@@ -108,8 +109,10 @@ class Odd:
         after: Trick | None = None,
         kind: SourceKind = SourceKind.PEER,
         lanes: int = 1,
+        waits_for_recall: bool = False,
     ) -> None:
         self.name = name
+        self._waits_for_recall = waits_for_recall
         self.kind = kind
         self.lanes = lanes
         self.limits = Limits(nbytes=2 * NBYTES)
@@ -119,6 +122,9 @@ class Odd:
 
     def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
         self.fetched.extend(want.row for want in batch.wants)
+        if self._waits_for_recall:
+            wait_until(lambda: batch.watch.is_recalled, "the recall")
+            raise TransferFailed("was recalled")
         address = {want.row: at for want, at in zip(batch.wants, batch.addresses, strict=True)}
         for landing in destination.landings(batch.wants, in_one_run=False):
             with landing as landed:
@@ -355,6 +361,18 @@ def test_a_block_that_nobody_offers_is_reported_with_a_reason(case: Case) -> Non
     report = case.restore([Odd("a")], only={"a": set(range(12))}).run()
     case.check(report, done=set(range(12)))
     assert report.failed[0].reason == "no source that was allowed and could be reached has it"
+
+
+def test_what_a_silent_source_was_asked_for_is_recalled_and_brought_by_another(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be silent for ever: only the recall ends it."""
+    monkeypatch.setattr("transfer.standing.GRACE_S", 0.03)
+    silent = Odd("silent", waits_for_recall=True)
+    report = case.restore([silent, Odd("good")]).run()
+    assert report.ok
+    case.check(report)
+    assert len(silent.fetched) == 2, "one batch, and never again"
 
 
 # -- sources that lie ------------------------------------------------------------------------------------------

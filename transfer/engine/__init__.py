@@ -3,6 +3,7 @@ can be thrown away (`disposable`), and a double for tests and simulations (`doub
 """
 
 from transfer.engine.disposable import DisposableEngine
+from transfer.engine.handshake import complaint
 from transfer.engine.mooncake import MooncakeEngine
 from transfer.engine.protocol import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy, TransferEngine, Watch, session_host
 
@@ -14,5 +15,6 @@ __all__ = [
     "MooncakeEngine",
     "TransferEngine",
     "Watch",
+    "complaint",
     "session_host",
 ]

@@ -24,7 +24,10 @@ DESCRIPTION_NBYTES_MAX = 16 << 20  # thousands of registered ranges
 
 
 def data_address(session_id: str, within_s: float) -> tuple[str, int] | None:
-    """The IP address and port of a session's data connections; None where it does not say so in time."""
+    """The IP address and port of a session's data connections; None where it says otherwise, or nobody is there.
+
+    Raises TimeoutError where somebody is, or seems to be, who says nothing in that time.
+    """
     ends_at = time.monotonic() + within_s
     try:
         port = int(session_id.rpartition(":")[2])
@@ -35,8 +38,36 @@ def data_address(session_id: str, within_s: float) -> tuple[str, int] | None:
                 return None
             said = orjson.loads(_read(line, length - 1, ends_at))
         return plain(ipaddress.ip_address(said["tcp_data_host"])), int(said["tcp_data_port"])
+    except TimeoutError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def complaint(session_id: str, within_s: float) -> str | None:
+    """Why a session that is said to be there cannot be read from; None if it can be, or nobody can tell from here.
+
+    Connects to both of its ports, sends next to nothing, and takes twice `within_s` at most.
+    """
+    try:
+        contact = str(ipaddress.ip_address(session_host(session_id))), int(session_id.rpartition(":")[2])
+    except ValueError:  # a name, which is not looked up here
+        return None
+    if (why := _refusal(contact, within_s)) is not None:
+        return why
+    try:
+        where = data_address(session_id, within_s)
+    except TimeoutError:
+        return f"port {contact[1]} of {contact[0]} accepts, and says nothing"
+    return None if where is None else _refusal(where, within_s)
+
+
+def _refusal(address: tuple[str, int], within_s: float) -> str | None:
+    try:
+        socket.create_connection(address, within_s).close()
+    except OSError as error:
+        return f"port {address[1]} of {address[0]} cannot be connected to ({error.strerror or error})"
+    return None
 
 
 def _read(line: socket.socket, nbytes: int, ends_at: float) -> bytes:
@@ -44,7 +75,9 @@ def _read(line: socket.socket, nbytes: int, ends_at: float) -> bytes:
     while len(said) < nbytes:
         line.settimeout(max(0.001, ends_at - time.monotonic()))
         part = line.recv(nbytes - len(said))
-        if not part or time.monotonic() > ends_at:
+        if time.monotonic() > ends_at:
+            raise TimeoutError("it speaks too slowly")
+        if not part:
             raise OSError("it ended before all was said")
         said += part
     return bytes(said)

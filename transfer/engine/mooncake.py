@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,14 +38,16 @@ POLL_INTERVAL_S = 0.0005
 # of it comes any more.
 UNDER_WAY, DONE, TIMED_OUT = 0, 1, -2  # the last: the transport gave it up, and it may still arrive
 GIVE_UP_SHARE = 0.9  # of Mooncake's own patience: who is first to cut the connection knows what became of the copy
-HANG_UP_WAIT_S = 1.0  # for copies to end whose connections were cut: that takes milliseconds
+# For copies to end whose connections were cut: that takes milliseconds, or a second where one was just being made, and
+# within that an engine is dropped.
+HANG_UP_WAIT_S = 0.25
 SMALL_NBYTES = 64 << 10
 SMALL_PER_LANE = 32  # of which as many may be under way for each connection: what waits for one cannot be recalled
 CONTACT_S = 2.0  # for first contact: a few hundred bytes each way
 CONTACT_POLL_S = 0.02
 KNOCK_NBYTES = 64
 KNOCK_S = 1.5  # for that; a slow link delays it by what waits in its queue
-FRESH_S = 1.0  # a connection that was used since then is taken for good
+FRESH_S = 0.05  # a connection that was used since then is taken for good; to ask costs one round trip
 SILENCES_MAX = 2  # the first may be that of connections which a firewall dropped, not the peer's
 KNOCKS_MAX = TCP_LANES_PER_PEER + SILENCES_MAX  # one connection cut with a reset is found each time, at least
 
@@ -57,6 +60,8 @@ class _Line:
 
     session_id: str
     is_met: bool = False
+    is_silent: bool = False
+    """Whether it said nothing when it was last asked."""
     data_address: tuple[str, int] | None = None
     """Where its data connections lead, if that is known."""
     meeting: threading.Thread | None = None
@@ -222,8 +227,8 @@ class MooncakeEngine:
             return
         started = time.monotonic()
         line = self._line(way.session_id)
-        self._meet(line, way.session_id, watch)
-        self._knock(line, way, numbered[0][1], until_s)
+        self._meet(line, watch)
+        self._knock(line, way, numbered[0][1], watch, until_s)
         lost, is_settled = self._carry(line, way, numbered, watch, until_s)
         if not lost:
             return
@@ -286,34 +291,34 @@ class MooncakeEngine:
         with self._lock:
             return self._lines.setdefault(session_id, _Line(session_id))
 
-    def _meet(self, line: _Line, session_id: str, watch: Watch) -> None:
-        """First contact, in a thread of its own: whoever waits for an answer there waits a minute, or is cut off."""
+    def _meet(self, line: _Line, watch: Watch) -> None:
+        """First contact, in a thread of its own: Mooncake may wait for a minute, and keep others waiting."""
         with self._lock:
             if line.is_met:
                 return
             if line.meeting is None or not line.meeting.is_alive():
-                line.meeting = threading.Thread(target=self._call, args=(line, session_id), daemon=True)
+                line.meeting = threading.Thread(target=_contact, args=(line, weakref.ref(self)), daemon=True)
                 line.meeting.start()
             meeting = line.meeting
-        ends_at = time.monotonic() + CONTACT_S
-        while meeting.is_alive() and time.monotonic() < ends_at and not watch.is_recalled:
-            meeting.join(CONTACT_POLL_S)
-        if not meeting.is_alive():
-            return
-        contact = _plain_host(session_id), int(session_id.rpartition(":")[2])
-        ends_at = time.monotonic() + HANG_UP_WAIT_S
+        ends_at = time.monotonic() + 2 * CONTACT_S
         while meeting.is_alive() and time.monotonic() < ends_at:
-            _hang_up(contact)
+            if watch.is_recalled:
+                raise TransferFailed(f"{line.session_id} had not answered when the transfer was recalled")
             meeting.join(CONTACT_POLL_S)
-        raise TransferFailed(f"{session_id} did not answer within {CONTACT_S:.0f} s: is its port open to this host?")
+        ends_at = time.monotonic() + HANG_UP_WAIT_S
+        while (is_stuck := meeting.is_alive()) and time.monotonic() < ends_at:
+            _hang_up(_contact_address(line.session_id))
+            meeting.join(CONTACT_POLL_S)
+        if line.is_silent or is_stuck:
+            raise TransferFailed(
+                f"{line.session_id} did not answer within {CONTACT_S:.0f} s: are its ports open to this host?"
+            )
 
-    def _call(self, line: _Line, session_id: str) -> None:
-        # Nothing is asked for. Of the calls that open a session, this one releases the GIL meanwhile.
-        if self._engine.batch_transfer_sync_read(session_id, [], [], []) == 0:
-            line.data_address = data_address(session_id, CONTACT_S)
-            line.is_met = True
+    def contact(self, session_id: str) -> bool:
+        """Have Mooncake make contact. Of the calls that do, this one releases the GIL meanwhile; it moves nothing."""
+        return bool(self._engine.batch_transfer_sync_read(session_id, [], [], []) == 0)
 
-    def _knock(self, line: _Line, way: _Way, copy: Copy, until_s: float) -> None:
+    def _knock(self, line: _Line, way: _Way, copy: Copy, watch: Watch, until_s: float) -> None:
         """Send a few bytes over connections that were idle: a firewall may have cut them, and said so or not.
 
         Each that was cut with a reset fails once; where nothing comes at all, all are cut, and made anew once. What is
@@ -327,7 +332,7 @@ class MooncakeEngine:
                 return
             batches = [batch for _ in range(TCP_LANES_PER_PEER) if (batch := way.submit(piece))]
             ends_at = min(until_s, time.monotonic() + KNOCK_S)
-            codes = {batch: self._await(batch, ends_at) for batch in batches}
+            codes = {batch: self._await(batch, ends_at, watch) for batch in batches}
             if UNDER_WAY not in codes.values():
                 if all(
                     code == DONE for code in codes.values()
@@ -336,7 +341,8 @@ class MooncakeEngine:
                 continue
             ends = self._cut(line, [batch for batch, code in codes.items() if not code])
             silences += 1
-            if UNDER_WAY in ends or silences >= SILENCES_MAX or time.monotonic() >= until_s:
+            is_over = watch.is_recalled or silences >= SILENCES_MAX or time.monotonic() >= until_s
+            if UNDER_WAY in ends or is_over:
                 raise TransferFailed(
                     f"{way.session_id} sends nothing, although it answers: are its data ports open to this host?",
                     timed_out=UNDER_WAY in ends or TIMED_OUT in ends,
@@ -350,13 +356,27 @@ def _hang_up(address: tuple[str, int] | None) -> None:
             hang_up(each)
 
 
-def _plain_host(session_id: str) -> str:
-    """The host in a session, as `connections` spells it; a name, which is not looked up here, as it is."""
-    host = session_host(session_id)
+def _contact(line: _Line, engine: weakref.ref[MooncakeEngine]) -> None:
+    """Ask a session where it is to be found, and only if it says anything have Mooncake do so.
+
+    An engine that was dropped meanwhile asks nobody any more.
+    """
+    line.is_silent = False
     try:
-        return plain(ipaddress.ip_address(host))
+        line.data_address = data_address(line.session_id, CONTACT_S)
+    except TimeoutError:
+        line.is_silent = True
+        return
+    if (asking := engine()) is not None:
+        line.is_met = asking.contact(line.session_id)
+
+
+def _contact_address(session_id: str) -> tuple[str, int] | None:
+    """Where first contact leads; None for a session that has no IP address, which is not looked up here."""
+    try:
+        return plain(ipaddress.ip_address(session_host(session_id))), int(session_id.rpartition(":")[2])
     except ValueError:
-        return host
+        return None
 
 
 def _mooncake() -> Any:

@@ -423,3 +423,15 @@ def test_after_any_history_the_state_follows_the_last_events(events: list[str]) 
         recent = silent_since is not None and now - silent_since < SUSPECT_AFTER_S
         expected = PeerState.ALIVE if recent else PeerState.SUSPECT
     assert state(members, now) is expected
+
+
+def test_alive_that_cannot_be_connected_to_stays_alive_and_is_warned_of_until_it_has_another_session(
+    alive: Membership,
+) -> None:
+    session = alive.peer("b").session_id
+    alive.connected("b", "an older one", "port 3 of 192.0.2.3 cannot be connected to")
+    assert alive.peer("b").warning is None
+    told = alive.connected("b", session, "port 3 of 192.0.2.3 cannot be connected to")
+    assert told.state is PeerState.ALIVE
+    assert "cannot be read from here: port 3 of 192.0.2.3" in (told.warning or "")
+    assert alive.connected("b", session, None).warning is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from app.cluster.peers import PeerClient
 from app.cluster.prober import PROBE_INTERVAL_S, Prober
 from shm.errors import InvalidInput, ManifestError
 from shm.manifest import Manifest
-from tests.processes import DEADLINE_S
+from tests.processes import DEADLINE_S, wait_until
+from transfer.engine import MooncakeEngine
 
 CHECKSUM = "0123456789abcdef" * 2
 CONTENT = "c1" * 16
@@ -496,3 +498,49 @@ def test_a_peer_that_brings_an_unforeseen_error_is_one_that_failed(
     (seen,) = watch.cluster.peers()
     assert (seen.failures, seen.error) == (1, "IndexError: list index out of range")
     assert "unforeseen" in caplog.text
+
+
+def test_who_has_not_answered_for_as_long_as_anybody_is_waited_for_is_not_waited_for_again(
+    watch_of: Callable[..., Watch], peer: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resolver whose name server says nothing keeps a thread for as long as it likes."""
+    watch, may_answer = watch_of(peer), threading.Event()
+    monkeypatch.setattr(watch.client, "node", lambda url: may_answer.wait(DEADLINE_S) and peer.node)
+    monkeypatch.setattr(prober_module, "LOOK_WAIT_S", 0.33)
+    try:
+        watch.prober.look(0.33)
+        for _ in range(33):
+            watch.prober.look(DEADLINE_S)  # whoever waited here would wait for the deadline
+    finally:
+        may_answer.set()
+
+
+def test_a_url_that_can_lead_nowhere_is_a_peer_that_does_not_answer(
+    watch_of: Callable[..., Watch], peer: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    peer.url = "http://b..c:8470"
+    watch = watch_of(peer)
+    watch.look()
+    (seen,) = watch.cluster.peers()
+    assert seen.failures == 1
+    assert "b..c" in (seen.error or "")
+    assert "unforeseen" not in caplog.text
+
+
+def test_a_peer_whose_memory_cannot_be_connected_to_is_told_until_it_can(
+    watch_of: Callable[..., Watch], peer: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prober_module, "CONNECT_INTERVAL_S", 0.0)
+    watch = watch_of(peer)
+
+    def warning() -> str:
+        watch.look()
+        return watch.cluster.peers()[0].warning or ""
+
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        peer.node["session_id"] = f"127.0.0.1:{closed.getsockname()[1]}"
+    wait_until(lambda: "cannot be read from here: port" in warning(), "that nothing listens there")
+    assert "answers, but its memory cannot be read from here" in caplog.text
+    engine = MooncakeEngine("127.0.0.1")
+    peer.node["session_id"] = engine.session_id
+    wait_until(lambda: not warning(), "that an engine does")

@@ -116,7 +116,9 @@ class Peer:
 
 
 @pytest.fixture
-def peer(python: Callable[..., Any]) -> Peer:
+def peer(python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Peer:
+    # Of what is under way while a connection is being made nothing is known for a second; that is not looked at here.
+    monkeypatch.setattr(mooncake_module, "HANG_UP_WAIT_S", 30.0)
     return Peer(python(PEER, str(NBYTES)))
 
 
