@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def write_checkpoint(directory: Path, shape: str, nbytes: int) -> int:
                     scale = tuple(-(-side // 128) for side in sides)
                     content[f"{name}_scale_inv"] = random_tensor(scale, torch.float32)
         save_file(content, directory / f"model-{file + 1:05d}-of-{FILES:05d}.safetensors")
-    names = {}
+    names: dict[str, str] = {}
     for file in range(FILES):
         path = f"model-{file + 1:05d}-of-{FILES:05d}.safetensors"
         header = (directory / path).open("rb")
@@ -260,14 +261,14 @@ def default_rate() -> float:
     """Bytes a second of a bare read, with no setting of the engine's set, on either side."""
     environment = {name: value for name, value in os.environ.items() if name not in ENGINE_SETTINGS}
     command = [sys.executable, __file__, "--role"]
-    quiet = {"env": environment, "stderr": subprocess.DEVNULL, "text": True}
+    quiet: dict[str, Any] = {"env": environment, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(
-        [*command, "serve-default"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quiet
+        [*command, "serve-default"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **quiet
     ) as server:
         assert server.stdout is not None
         session_id, address = server.stdout.readline().split()
         answer = subprocess.run(
-            [*command, "read-default", session_id, address], stdout=subprocess.PIPE, check=True, **quiet
+            [*command, "read-default", session_id, address], stdout=subprocess.PIPE, check=True, text=True, **quiet
         )
         server.kill()
     return float(answer.stdout.split()[-1])
@@ -484,7 +485,7 @@ def measure(made: Bench, shape: str, nbytes: int, default: float, *, more: bool)
     torch.cuda.empty_cache()
     figures.add("torch's page-locked memory to the device", torch_pinned_copy(4 << 30), 4 << 30)
     for threads in LOADER_THREADS:
-        taken = best(lambda threads=threads: load_with_safetensors(files, threads), 2)
+        taken = best(partial(load_with_safetensors, files, threads), 2)
         figures.add(f"safetensors load_file, warm, {threads} threads", taken)
     for file in directory.iterdir():
         file.unlink()
