@@ -27,7 +27,7 @@ from shm.block import NBYTES_MAX
 from shm.checksum import checksum
 from shm.errors import BlockUnavailable, HotspareError
 from shm.manifest import Manifest
-from transfer.checkpoint import Checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.client.bound_slots import CPU, BoundTable, ring
 from transfer.client.catalogue import Assembler, Catalogue, windows
 from transfer.client.control_plane import ControlPlane
@@ -231,9 +231,9 @@ class Loader:
             said = self._control.node(self._control.urls[0])
         except HotspareError:
             return False
-        owner = said.get("node_id"), said.get("segment"), said.get("content_digest")
+        owner = said.node_id, said.segment, said.content_digest
         is_owner = owner == (attachment.name.node, attachment.name.object_name, attachment.content_digest)
-        return is_owner and said.get("blocks_unproved") == 0
+        return is_owner and said.blocks_unproved == 0
 
     def _prepare(self, manifest: Manifest, rows: Sequence[int], device: str, tally: Tally) -> None:
         """What all windows share: the ring, and page-locked memory to copy from."""
@@ -288,7 +288,7 @@ class Loader:
             if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=False, fence=fence):
                 return
 
-    def _checkpoint_of(self, manifest: Manifest) -> Checkpoint:
+    def _checkpoint_of(self, manifest: Manifest) -> PinnedCheckpoint:
         with self._reading:
             return self._disk.of(manifest, self._around.content)
 

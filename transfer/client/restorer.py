@@ -63,7 +63,8 @@ class Restorer:
         straight: bool | None = None,
     ) -> None:
         """`url` is this host's node, which need not be up yet: it says what `model`, `namespace` and `node` are; give
-        them where restores must work before it was ever seen alive. `checkpoint` is the directory of last resort.
+        them where restores must work before it was ever seen alive. `token` is what the nodes want to be shown: that of
+        HOTSPARE_TOKEN by default. `checkpoint` is the directory of last resort.
 
         `engine` is a transfer engine that this process has already: Mooncake's, or ours; without one a MooncakeEngine
         is started at the first `bind`, reachable at `engine_host`, over `transport`. `straight` is whether peers' bytes

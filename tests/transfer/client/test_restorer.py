@@ -550,3 +550,21 @@ def test_what_a_peer_sends_after_it_timed_out_reaches_no_slot(
         assert all((tensor == -1).all() for tensor in rank.held.values())
         assert restorer.restore().ok
         assert rank.is_right
+
+
+@pytest.mark.usefixtures("kept_engines")
+def test_the_token_is_that_of_the_environment_unless_one_is_given(
+    tiny_qwen3_moe: Path, serve: Callable[..., Any], free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    options = {"checkpoint": tiny_qwen3_moe, "model": "qwen", "fill": "disk", "token": "t0ken"}
+    node = serve("node-0", {"node-0": port}, **options).wait_ready()
+    monkeypatch.setenv("HOTSPARE_TOKEN", "t0ken")
+    rank = Rank(tiny_qwen3_moe, "qwen")
+    with Restorer(node.url) as restorer:
+        restorer.bind(rank.slots)
+        rank.wipe()
+        assert restorer.restore().ok
+    with Restorer(node.url, token="another") as restorer:
+        restorer.bind(rank.slots)
+        assert "401" in " ".join(restorer.restore().notes)
