@@ -10,12 +10,13 @@ given up at all: one that is dead answers each question after a second, or ten, 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
 from transfer.plan import Batch, Limits, Queue
 
+LAST_BATCHES_NBYTES_MIN = 8 << 20  # a smaller batch costs more to order than it evens out
 UNVERIFIED_BATCHES_MAX = 2  # for each lane of a source: it waits for its checksums beyond that
 SOURCE_FAILURES_MAX = 2  # failed batches in a row, after which a source is doubted
 PATIENCE_S = 2.0  # of nothing but failures, after which a doubted source is given up
@@ -48,6 +49,8 @@ class Record:
     queue: Queue = field(default_factory=Queue)
     under_way: dict[Batch, float] = field(default_factory=dict)
     """When each was started."""
+    begun: int = 0
+    """How many batches were ordered of it."""
     moving_nbytes: int = 0
     unverified_nbytes: int = 0
     failures: int = 0
@@ -80,6 +83,27 @@ class Record:
         lanes = 1 if self.failures >= SOURCE_FAILURES_MAX else party.lanes
         unverified_max = UNVERIFIED_BATCHES_MAX * party.lanes * party.limits.nbytes
         return len(self.under_way) < lanes and self.unverified_nbytes <= unverified_max
+
+    @property
+    def next_limits(self) -> Limits:
+        """How large its next batch may be.
+
+        The lanes should be out of step, for what they share, a bus or a link, would idle while all of them verify:
+        so the first batch of each is larger than that of the lane before. And they should end together: so what is left
+        is shared out between them.
+        """
+        lanes, most = self.party.lanes, self.party.limits
+        first = most.nbytes * min(lanes, self.begun + 1) // lanes
+        share = max(LAST_BATCHES_NBYTES_MIN, -(-self.queue.nbytes // lanes))
+        return replace(most, nbytes=min(first, share, most.nbytes))
+
+    def begin(self, now: float) -> Batch:
+        """Its next batch, which is under way from now on."""
+        batch = self.queue.cut(self.key, self.next_limits)
+        self.begun += 1
+        self.under_way[batch] = now
+        self.moving_nbytes += batch.nbytes
+        return batch
 
     def pause_s(self, now: float) -> float:
         return max(0.0, self.again_at - now) if self.is_doubted else 0.0
