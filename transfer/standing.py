@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from transfer.plan import Batch, Limits, Queue
 
-LAST_BATCHES_NBYTES_MIN = 8 << 20  # a smaller batch costs more to order than it evens out
 UNVERIFIED_BATCHES_MAX = 2  # for each lane of a source: it waits for its checksums beyond that
 SOURCE_FAILURES_MAX = 2  # failed batches in a row, after which a source is doubted
 PATIENCE_S = 2.0  # of nothing but failures, after which a doubted source is given up
@@ -94,7 +93,7 @@ class Record:
         """
         lanes, most = self.party.lanes, self.party.limits
         first = most.nbytes * min(lanes, self.begun + 1) // lanes
-        share = max(LAST_BATCHES_NBYTES_MIN, -(-self.queue.nbytes // lanes))
+        share = max(most.last_nbytes, -(-self.queue.nbytes // lanes))
         return replace(most, nbytes=min(first, share, most.nbytes))
 
     def begin(self, now: float) -> Batch:

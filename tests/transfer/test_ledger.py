@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from transfer.errors import SomeLost, TransferFailed
 from transfer.ledger import LANES_MAX, NOBODY, OFFER_TRIES_MAX, REASONS_MAX, STEPS, Event, Ledger, Orders, Stage
-from transfer.plan import Batch, Limits, Offer, Want
+from transfer.plan import LAST_BATCHES_NBYTES_MIN, Batch, Limits, Offer, Want
 from transfer.standing import (
     DOUBT_PAUSE_S,
-    LAST_BATCHES_NBYTES_MIN,
     PATIENCE_S,
     SOURCE_FAILURES_MAX,
     UNVERIFIED_BATCHES_MAX,
