@@ -94,7 +94,8 @@ class Record:
         lanes, most = self.party.lanes, self.party.limits
         first = most.nbytes * min(lanes, self.begun + 1) // lanes
         share = max(most.last_nbytes, -(-self.queue.nbytes // lanes))
-        return replace(most, nbytes=min(first, share, most.nbytes))
+        nbytes = min(first, share, most.nbytes)
+        return most if nbytes == most.nbytes else replace(most, nbytes=nbytes)
 
     def begin(self, now: float) -> Batch:
         """Its next batch, which is under way from now on."""
