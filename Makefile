@@ -48,7 +48,6 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/mypy tools
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m app.api.openapi_document --check
 
@@ -74,7 +73,6 @@ sglang: setup $(SGLANG)/.set-up
 bench: setup
 	@$(BIN)/python -m compileall -q app shm transfer
 	@set -e; for script in $(wildcard tests/bench/*_figures.py); do echo "== $$script"; $(BIN)/python $$script; done
-	@$(if $(wildcard tests/bench/test_*.py),$(BIN)/python -m pytest tests/bench -m bench -s,true)
 
 fmt: setup
 	@$(BIN)/ruff format .

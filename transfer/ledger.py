@@ -249,8 +249,7 @@ class Ledger:
         ready = [s for s in self._sources.values() if s.has_room and not s.pause_s(now)]
         while ready and free > 0:
             source = min(ready, key=lambda s: len(s.under_way))
-            batch = source.queue.cut(source.key, source.party.limits)
-            source.begin(batch, now)
+            batch = source.begin(now)
             for want in batch.wants:
                 self._step(self._blocks[want.row], Event.STARTED)
             yield batch

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from transfer.engine import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy, Watch
 
+LAST_BATCHES_NBYTES_MIN = 8 << 20  # a smaller batch costs more to order than it evens out
 ITEM_NBYTES_MAX = 8 << 20  # TCP moves the items of a call side by side, and each item through one connection
 
 
@@ -55,10 +56,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large a batch may be, in blocks and bytes, and a call, in copies and bytes. A larger block goes alone."""
+    """How large a batch may be, in blocks and bytes, and a call, in copies and bytes. A larger block goes alone.
+
+    The last batches of a source are smaller, so that its lanes end together, but not less than `last_nbytes`.
+    """
 
     items: int = ITEMS_PER_BATCH_MAX
     nbytes: int = BATCH_NBYTES_MAX
+    last_nbytes: int = LAST_BATCHES_NBYTES_MIN
 
 
 def coalesce(copies: Iterable[Copy]) -> list[Copy]:

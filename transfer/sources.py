@@ -105,10 +105,14 @@ class HostMemory:
         """Nothing is open: the memory is not ours."""
 
 
-def local_limits(total_nbytes: int, lanes: int) -> Limits:
-    """Batches for so many bytes in all: large ones, but several for each lane."""
+def local_limits(total_nbytes: int, lanes: int, *, share_a_bus: bool = False) -> Limits:
+    """Batches for so many bytes in all: large ones, but several for each lane.
+
+    Lanes that share a bus end together anyway, and small batches leave it idle: they keep their size to the end.
+    """
     share = total_nbytes // (lanes * BATCHES_PER_LANE)
-    return Limits(nbytes=max(LOCAL_BATCH_NBYTES_MIN, min(LOCAL_BATCH_NBYTES_MAX, share)))
+    nbytes = max(LOCAL_BATCH_NBYTES_MIN, min(LOCAL_BATCH_NBYTES_MAX, share))
+    return Limits(nbytes=nbytes, last_nbytes=nbytes) if share_a_bus else Limits(nbytes=nbytes)
 
 
 # -- a peer's memory -----------------------------------------------------------------------------------------------

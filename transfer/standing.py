@@ -15,7 +15,7 @@ for SILENCE_S or slower than any disk: else every large restore from memory woul
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -66,6 +66,8 @@ class Record:
     party: Party
     queue: Queue = field(default_factory=Queue)
     under_way: dict[Batch, Course] = field(default_factory=dict)
+    begun: int = 0
+    """How many batches were ordered of it."""
     moving_nbytes: int = 0
     busy_since: float = 0.0
     """When the first of the batches was started that follow each other until now."""
@@ -109,6 +111,31 @@ class Record:
         unverified_max = UNVERIFIED_BATCHES_MAX * party.lanes * party.limits.nbytes
         return len(self.under_way) < lanes and self.unverified_nbytes <= unverified_max
 
+    @property
+    def next_limits(self) -> Limits:
+        """How large its next batch may be.
+
+        The lanes should be out of step, for what they share, a bus or a link, would idle while all of them verify:
+        so the first batch of each is larger than that of the lane before. And they should end together: so what is left
+        is shared out between them.
+        """
+        lanes, most = self.party.lanes, self.party.limits
+        first = most.nbytes * min(lanes, self.begun + 1) // lanes
+        share = max(most.last_nbytes, -(-self.queue.nbytes // lanes))
+        nbytes = min(first, share, most.nbytes)
+        return most if nbytes == most.nbytes else replace(most, nbytes=nbytes)
+
+    def begin(self, now: float) -> Batch:
+        """Its next batch, which is under way from now on."""
+        batch = self.queue.cut(self.key, self.next_limits)
+        self.begun += 1
+        if not self.under_way:
+            self.busy_since = self.heard_at = now
+            self.arrived_nbytes = self.ended_nbytes = 0
+        self.under_way[batch] = Course(now)
+        self.moving_nbytes += batch.nbytes
+        return batch
+
     def pause_s(self, now: float) -> float:
         return max(0.0, self.again_at - now) if self.is_doubted else 0.0
 
@@ -117,13 +144,6 @@ class Record:
         """Whether it could do more than it has to do."""
         is_good = self.standing is Standing.GOOD
         return is_good and not self.queue and len(self.under_way) < self.party.lanes
-
-    def begin(self, batch: Batch, now: float) -> None:
-        if not self.under_way:
-            self.busy_since = self.heard_at = now
-            self.arrived_nbytes = self.ended_nbytes = 0
-        self.under_way[batch] = Course(now)
-        self.moving_nbytes += batch.nbytes
 
     def end(self, batch: Batch) -> Course:
         self.moving_nbytes -= batch.nbytes

@@ -1,6 +1,6 @@
 """A restart that adopts a sealed segment: from the start of the process to ready.
 
-    python tests/bench/adopt_figures.py [--gib 1] [--large-gib 8] [--rounds 5]
+    python tests/bench/adopt_figures.py [--gib 1] [--large-gib 8] [--layers 61] [--rounds 5]
 
 A real `hotspare serve` fills itself from a checkpoint, is killed with SIGKILL, and is started again on the segment it
 left; then killed and started again, and so on. Counted is from just before the process is started to the 200 of
@@ -82,12 +82,15 @@ def main() -> None:
         __doc__,
         gib=(1.0, "GiB of experts in the first segment"),
         large_gib=(8.0, "GiB of experts in the second; 0 leaves it out"),
+        layers=(WHOLE_MODEL["layers"], "DeepSeek-V3's layers, of which the first 3 have no experts; 0 leaves it out"),
         rounds=(5, "restarts of each kind"),
     )
     figures, document = [], {}
     with bench() as made:
         shapes = {f"{size:g} GiB": shape_of(int(size * GIB)) for size in (options.gib, options.large_gib) if size}
-        for size, shape in (shapes | {"DeepSeek-V3's blocks": WHOLE_MODEL}).items():
+        if options.layers:
+            shapes["DeepSeek-V3's blocks"] = {**WHOLE_MODEL, "layers": options.layers}
+        for size, shape in shapes.items():
             directory = made.checkpoint("checkpoint", shape, sparse=True)
             nbytes = fill(made, directory)
             document[size] = taken = restarts(made, options.rounds, "--checkpoint", str(directory))

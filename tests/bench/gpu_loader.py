@@ -74,7 +74,7 @@ def measure(made: Bench, shape: str, nbytes: int) -> dict[str, float]:
             drop()
             figures.add(STREAM, best(partial(stream, loader)))
     for threads in LOADER_THREADS:
-        taken = best(lambda threads=threads: load_with_safetensors(files, threads), 2)
+        taken = best(partial(load_with_safetensors, files, threads), 2)
         figures.add(f"safetensors load_file, warm, {threads} threads", taken)
     for file in directory.iterdir():
         file.unlink()

@@ -2,7 +2,8 @@
 
 Needs a CUDA device, a Mooncake wheel for CUDA, and host memory for four times `--gb`. The checkpoint is in the page
 cache, the nodes are real ones on this machine, and what lies on the device in the end is compared with the files.
-`--variants` also tries other ways and sizes than the defaults.
+`--variants` also tries other ways and sizes than the defaults, `--profile` says where the time of a local restore goes,
+`--local` leaves out all but that.
 """
 
 # ruff: noqa: T201 - what it prints is what it is for
@@ -18,12 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import workbench
 from safetensors.torch import load_file, save_file
+from timeline import Timeline, tell
 from workbench import Bench, Daemon, bench
 
 from shm.attachment import Attachment
@@ -50,6 +53,8 @@ ONE_CALL_ITEMS_MIB = (14, 40)
 LOCAL = "restore, local shared memory, verified"
 REMOTE = "restore, a peer over TCP, verified"
 BARE_COPY = "bare page-locked copy of the segment"
+LOCAL_RATIO = "local restore / bare page-locked copy"
+LOCAL_RATIO_MIN = 0.95
 BARE_READ = "bare tuned read"
 POLLED_READ = "bare tuned read, asked now and then"
 ELSEWHERE = "elsewhere"  # a model name that finds no segment on this host, so that peers serve
@@ -113,7 +118,7 @@ def write_checkpoint(directory: Path, shape: str, nbytes: int) -> int:
                     scale = tuple(-(-side // 128) for side in sides)
                     content[f"{name}_scale_inv"] = random_tensor(scale, torch.float32)
         save_file(content, directory / f"model-{file + 1:05d}-of-{FILES:05d}.safetensors")
-    names = {}
+    names: dict[str, str] = {}
     for file in range(FILES):
         path = f"model-{file + 1:05d}-of-{FILES:05d}.safetensors"
         header = (directory / path).open("rb")
@@ -260,14 +265,14 @@ def default_rate() -> float:
     """Bytes a second of a bare read, with no setting of the engine's set, on either side."""
     environment = {name: value for name, value in os.environ.items() if name not in ENGINE_SETTINGS}
     command = [sys.executable, __file__, "--role"]
-    quiet = {"env": environment, "stderr": subprocess.DEVNULL, "text": True}
+    quiet: dict[str, Any] = {"env": environment, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(
-        [*command, "serve-default"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quiet
+        [*command, "serve-default"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **quiet
     ) as server:
         assert server.stdout is not None
         session_id, address = server.stdout.readline().split()
         answer = subprocess.run(
-            [*command, "read-default", session_id, address], stdout=subprocess.PIPE, check=True, **quiet
+            [*command, "read-default", session_id, address], stdout=subprocess.PIPE, check=True, text=True, **quiet
         )
         server.kill()
     return float(answer.stdout.split()[-1])
@@ -339,7 +344,9 @@ def refuse_pin(_: Attachment) -> None:
     raise SegmentError("left unpinned on purpose")
 
 
-def local_figures(figures: Figures, url: str, held: Experts, right: Experts, layers: int, shape: str) -> None:
+def local_figures(
+    figures: Figures, url: str, held: Experts, right: Experts, layers: int, shape: str, *, profile: bool
+) -> None:
     slots = Slots.fused(held)
     with Restorer(url) as restorer:
         started = time.perf_counter()
@@ -350,6 +357,9 @@ def local_figures(figures: Figures, url: str, held: Experts, right: Experts, lay
         assert attachment.is_pinned()
         restored(restorer, held, "local")
         figures.add_all(in_turn({BARE_COPY: bare_copy(attachment, figures.nbytes), LOCAL: restorer.restore}))
+        if profile:
+            bare_ms = figures.nbytes / figures.rates[BARE_COPY] / 1e6
+            print(tell([Timeline().of(restorer.restore) for _ in range(ROUNDS)], bare_ms), flush=True)
         poison(held)
         restorer.restore()
         wrong = differing(held, right, layers, shape)
@@ -452,19 +462,19 @@ def remote_variants(figures: Figures, url: str, held: Experts, slots: Slots) -> 
         figures.add("  variant: checksums by the processor", restored(restorer, held, "peer"))
 
 
-def measure(made: Bench, shape: str, nbytes: int, default: float, *, more: bool) -> dict[str, float]:
+def measure(made: Bench, shape: str, given: argparse.Namespace, default: float | None) -> dict[str, float]:
+    """Without a `default` rate: the local figures alone."""
     directory = made.directory / shape
-    layers = write_checkpoint(directory, shape, nbytes)
+    layers = write_checkpoint(directory, shape, int(given.gb * 1e9))
     files = sorted(directory.glob("*.safetensors"))
-    ports = [workbench.free_port() for _ in range(2)]
-    options = ["--checkpoint", str(directory), "--fill", "disk", "--replicas", "2"]
+    ports = [workbench.free_port() for _ in range(1 if default is None else 2)]
+    options = ["--checkpoint", str(directory), "--fill", "disk", "--replicas", str(len(ports))]
     with contextlib.ExitStack() as stack:
         nodes = []
-        for number in range(2):
-            other = 1 - number
-            peer = f"--peer=node-{other}=http://{HOST}:{ports[other]}"
-            with constant(workbench, "free_port", lambda port=ports[number]: port):
-                nodes.append(stack.enter_context(Daemon(made, f"node-{number}", *options, peer)))
+        for number, port in enumerate(ports):
+            peers = [f"--peer=node-{n}=http://{HOST}:{other}" for n, other in enumerate(ports) if n != number]
+            with constant(workbench, "free_port", partial(int, port)):
+                nodes.append(stack.enter_context(Daemon(made, f"node-{number}", *options, *peers)))
         for node in nodes:
             print(f"node ready after {node.wait_until_ready():.1f} s", flush=True)
         loaded = load_with_safetensors(files, 8)
@@ -472,19 +482,22 @@ def measure(made: Bench, shape: str, nbytes: int, default: float, *, more: bool)
         del loaded
         figures = Figures(shape, sum(tensor.nbytes for tensor in right.values()))
         held = parameters(shape, layers)
-        local_figures(figures, nodes[0].url, held, right, layers, shape)
-        if more:
+        local_figures(figures, nodes[0].url, held, right, layers, shape, profile=given.profile)
+        if given.variants:
             local_variants(figures, nodes[0].url, held, layers, shape)
             if shape == "bf16":
                 parts_figure(figures, nodes[0].url, layers, shape)
+        if default is None:
+            figures.ratio(LOCAL_RATIO, LOCAL, BARE_COPY, LOCAL_RATIO_MIN)
+            return figures.rates
         nodes[0].end(9)
         Path("/dev/shm", made.name("node-0").object_name).unlink()
-        remote_figures(figures, nodes[1].url, held, right, layers, shape, more)
+        remote_figures(figures, nodes[1].url, held, right, layers, shape, given.variants)
         del right, held
     torch.cuda.empty_cache()
     figures.add("torch's page-locked memory to the device", torch_pinned_copy(4 << 30), 4 << 30)
     for threads in LOADER_THREADS:
-        taken = best(lambda threads=threads: load_with_safetensors(files, threads), 2)
+        taken = best(partial(load_with_safetensors, files, threads), 2)
         figures.add(f"safetensors load_file, warm, {threads} threads", taken)
     for file in directory.iterdir():
         file.unlink()
@@ -497,7 +510,7 @@ def conclude(figures: Figures, default: float) -> dict[str, float]:
     loaded, one = (f"safetensors load_file, warm, {n} threads" for n in ("best", 1))
     rates[loaded] = max(rates[f"safetensors load_file, warm, {n} threads"] for n in LOADER_THREADS)
     bare, polled = figures.best_of(BARE_READ), figures.best_of(POLLED_READ)
-    figures.ratio("local restore / bare page-locked copy", LOCAL, BARE_COPY, 0.9)
+    figures.ratio(LOCAL_RATIO, LOCAL, BARE_COPY, LOCAL_RATIO_MIN)
     figures.ratio("local restore / best safetensors", LOCAL, loaded, 1.3)
     figures.ratio("local restore / safetensors, 1 thread", LOCAL, one, 7)
     figures.ratio("remote restore / best bare tuned read", REMOTE, bare, 0.9)
@@ -510,19 +523,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=10.5, help="experts of each shape")
     parser.add_argument("--shape", choices=SHAPES, action="append")
-    parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--variants", action="store_true", help="also try other ways and sizes")
+    parser.add_argument("--local", action="store_true", help="leave out what needs a second node, and the loaders")
+    parser.add_argument("--profile", action="store_true", help="also say where the milliseconds of a local restore go")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.role:
         return serve_default() if given.role[0] == "serve-default" else read_default(given.role[1], int(given.role[2]))
     print(torch.cuda.get_device_name(0), f"{os.cpu_count()} cores, torch {torch.__version__}", flush=True)
-    default = default_rate()
-    print(f"bare read, default settings: {default / 1e9:.2f} GB/s", flush=True)
+    default = None if given.local else default_rate()
+    if default is not None:
+        print(f"bare read, default settings: {default / 1e9:.2f} GB/s", flush=True)
     all_figures = {}
     with bench() as made:
         for shape in given.shape or SHAPES:
-            all_figures[shape] = measure(made, shape, int(given.gb * 1e9), default, more=given.variants)
+            all_figures[shape] = measure(made, shape, given, default)
             if given.json:
                 given.json.write_text(json.dumps(all_figures, indent=1))
     return None

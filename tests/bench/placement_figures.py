@@ -1,26 +1,26 @@
-"""Balance and movement of `app.cluster.placement`, as Markdown: `python tests/bench/placement_figures.py`.
+"""Balance and movement of `app.cluster.placement`, as Markdown.
 
-Every figure is the worst of `CLUSTERS` clusters with other node names.
+    python tests/bench/placement_figures.py [--layers 58] [--experts 256] [--clusters 8]
+
+Every figure is the worst of several clusters with other node names.
 """
 
 # ruff: noqa: T201 - what it prints is what it is for
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import workbench  # noqa: F401 - it makes the packages found
 
 from app.cluster.placement import Placement
 from shm.block import ExpertKey, TensorEntry
 from shm.manifest import FileSpec, Manifest
 
-DEEPSEEK_V3 = (58, 256, 44_050_944)  # layers with experts, experts a layer, bytes an expert
-CLUSTERS = 8
+DEEPSEEK_V3 = (58, 256)  # layers with experts, experts a layer
+EXPERT_NBYTES = 44_050_944
 STEPS = ((3, 4), (8, 9), (8, 7), (16, 15), (32, 33), (63, 64))
 REPLICAS = (1, 2, 3)
 
@@ -53,7 +53,7 @@ def moved(manifest: Manifest, old: Placement, new: Placement) -> float:
     """Bytes that nodes of `new` must fetch, as a multiple of the least any even placement would."""
     fetched = 0
     for node in new.nodes:
-        had = old.rows_of(node) if node in old.nodes else []
+        had = old.rows_of(node) if node in old.nodes else np.empty(0, np.int64)
         fetched += int(manifest.nbytes[np.setdiff1d(new.rows_of(node), had)].sum())
     least = int(manifest.nbytes.sum()) * new.replicas / max(len(old.nodes), len(new.nodes))
     return fetched / least
@@ -67,9 +67,9 @@ def spread(manifest: Manifest, placement: Placement) -> float:
     return max(counts.values()) * len(counts) / sum(counts.values())
 
 
-def step_row(manifest: Manifest, before: int, after: int, replicas: int) -> Sequence[str]:
+def step_row(manifest: Manifest, before: int, after: int, replicas: int, clusters: int) -> Sequence[str]:
     worst_uneven = worst_moved = worst_spread = worst_ms = 0.0
-    for cluster in range(CLUSTERS):
+    for cluster in range(clusters):
         start = time.perf_counter()
         old, new = (Placement.compute(manifest, nodes, replicas) for nodes in names(cluster, before, after))
         worst_ms = max(worst_ms, (time.perf_counter() - start) * 500)
@@ -83,13 +83,17 @@ def step_row(manifest: Manifest, before: int, after: int, replicas: int) -> Sequ
 
 
 def main() -> None:
-    manifest = manifest_of(*DEEPSEEK_V3)
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in zip(("layers", "experts", "clusters"), (*DEEPSEEK_V3, 8), strict=True):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"[default: {default}]")
+    given = parser.parse_args()
+    manifest = manifest_of(given.layers, given.experts, EXPERT_NBYTES)
     manifest.digest  # noqa: B018 - computed once for a model, so not part of the times below
     print("| nodes | replicas | bytes a node, from even | moved, times the least | one survivor, times even | ms |")
     print("|---|---|---|---|---|---|")
     for before, after in STEPS:
         for replicas in REPLICAS:
-            print("|", " | ".join(step_row(manifest, before, after, replicas)), "|", flush=True)
+            print("|", " | ".join(step_row(manifest, before, after, replicas, given.clusters)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,23 @@
 """Restoring into CPU tensors from local shared memory, as ratios.
 
-    python tests/bench/slot_restore_figures.py [--gb 1] [--json]
+    python tests/bench/slot_restore_figures.py [--gb 1] [--experts 16] [--layers 58] [--json]
 
-`--gb` is how much is restored. Every time is the best of REPEATS, after one that does not count.
+`--gb` is how much is restored, in layers of `--experts`; `--layers` how many of DeepSeek-V3's are planned for, of 256
+experts each. Every time is the best of REPEATS, after one that does not count.
 """
 
 # ruff: noqa: T201 - what it prints is what it is for
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
-import secrets
-import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from workbench import arguments, namespace
 
 from shm.attachment import attach
 from shm.block import ExpertKey, TensorEntry
@@ -44,7 +40,7 @@ from transfer.standing import Party
 REPEATS = 5
 NOBODY = "http://127.0.0.1:9"
 THREADS = max(2, min(LOCAL_LANES_MAX, os.cpu_count() or 2))
-DEEPSEEK_V3 = (58, 256)
+LAYERS, EXPERTS = 58, 256  # of DeepSeek-V3
 # name → (H, I, dtype, has scales)
 SHAPES = {"DeepSeek-V3, fp8": (7168, 2048, "F8_E4M3", True), "Qwen3-30B-A3B, bf16": (2048, 768, "BF16", False)}
 TORCH = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -116,12 +112,11 @@ def fill(segment: Segment, manifest: Manifest) -> None:
     segment.seal()
 
 
-def copying(shape: str, nbytes: int) -> dict[str, float]:
-    experts = 16
+def copying(shape: str, nbytes: int, experts: int) -> dict[str, float]:
     layers = max(1, round(nbytes / int(manifest_of(shape, 1, 1).nbytes[0]) / experts))
     manifest = manifest_of(shape, layers, experts)
     total = int(manifest.nbytes.sum())
-    name = SegmentName(f"bench-{secrets.token_hex(4)}", "bench", "here")
+    name = SegmentName(namespace(), "bench", "here")
     segment = Segment.claim(name)
     try:
         fill(segment, manifest)
@@ -169,11 +164,11 @@ def copying(shape: str, nbytes: int) -> dict[str, float]:
     }
 
 
-def planning() -> dict[str, float]:
+def planning(layers: int) -> dict[str, float]:
     """Every block of DeepSeek-V3, its sides divided: what is compared and planned does not depend on them."""
     shape, scale = "DeepSeek-V3, fp8", 64
-    manifest = manifest_of(shape, *DEEPSEEK_V3, scale)
-    slots = Slots.fused(parameters(shape, *DEEPSEEK_V3, scale))
+    manifest = manifest_of(shape, layers, EXPERTS, scale)
+    slots = Slots.fused(parameters(shape, layers, EXPERTS, scale))
     expected = bytes(16)
 
     def compare() -> SlotTable:
@@ -199,11 +194,11 @@ def planning() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gb", type=float, default=1.0)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    figures = {shape: copying(shape, int(given.gb * 1e9)) for shape in SHAPES} | {"planning": planning()}
+    given = arguments(
+        __doc__, gb=(1.0, "GB to restore"), experts=(16, "experts a layer"), layers=(LAYERS, "layers to plan for")
+    )
+    figures = {shape: copying(shape, int(given.gb * 1e9), given.experts) for shape in SHAPES}
+    figures["planning"] = planning(given.layers)
     if given.json:
         print(json.dumps({"threads": THREADS, **figures}))
         return

@@ -106,6 +106,11 @@ def shape_of(nbytes: int) -> dict[str, Any]:
     return {"layers": DENSE_LAYERS + layers, "experts": -(-blocks // layers), "scale": SCALE}
 
 
+def namespace() -> str:
+    """One of this process's own, which says whose it is."""
+    return f"bench-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -114,7 +119,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def bench() -> Iterator[Bench]:
     signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="hotspare-bench-") as directory:
-        made = Bench(Path(directory), f"bench-{secrets.token_hex(4)}")
+        made = Bench(Path(directory), namespace())
         try:
             yield made
         finally:
@@ -222,7 +227,8 @@ class Pairs:
 def paired(ours: Callable[[], float], bare: Callable[[], float], rounds: int, nbytes: int) -> Pairs:
     """Run both in turn, the first of a round being second in the next. The first round is not counted: it makes the
     machine fetch the memory that later rounds reuse."""
-    ours_s, bare_s = [], []
+    ours_s: list[float] = []
+    bare_s: list[float] = []
     for number in range(rounds + 1):
         pair = [(ours, ours_s), (bare, bare_s)]
         for run, seconds in pair if number % 2 else reversed(pair):
@@ -246,7 +252,7 @@ class Figure:
     note: str = ""
 
 
-def arguments(description: str | None, **sizes: tuple[int | float, str]) -> argparse.Namespace:
+def arguments(description: str | None, **sizes: tuple[int | float | str, str]) -> argparse.Namespace:
     """`--json`, and one option for each size: its default and what it means."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")

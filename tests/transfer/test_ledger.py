@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from transfer.errors import SomeLost, TransferFailed
 from transfer.ledger import LANES_MAX, LOOK_S, NOBODY, OFFER_TRIES_MAX, REASONS_MAX, STEPS, Event, Ledger, Orders, Stage
-from transfer.plan import Batch, Limits, Offer, Want
+from transfer.plan import LAST_BATCHES_NBYTES_MIN, Batch, Limits, Offer, Want
 from transfer.standing import (
     DOUBT_PAUSE_S,
     GRACE_S,
@@ -575,6 +575,35 @@ def test_orders_are_given_once() -> None:
     orders = ledger.next(0.0)
     assert ([b.want.row for b in orders.verify], [b.want.row for b in orders.publish]) == ([0], [1])
     assert ledger.next(0.0) == Orders((), (), (), None, ())
+
+
+def sizes_of_all(ledger: Ledger) -> list[int]:
+    """Bytes of every batch, in the order that they are begun in; each is moved as soon as it is ordered."""
+    sizes: list[int] = []
+    while batches := ledger.next(0.0).move:
+        for batch in batches:
+            sizes.append(batch.nbytes)
+            ledger.moved(batch, dict.fromkeys((w.row for w in batch.wants), RIGHT), 0.0)
+    return sizes
+
+
+def whole_mib(blocks: int, lanes: int, most: int) -> Ledger:
+    """One source of blocks of 1 MiB, with batches of at most so many."""
+    wants = [want(row, 1 << 20) for row in range(blocks)]
+    return ledger_of({"a": range(blocks)}, Party("a", 0, lanes, Limits(nbytes=most << 20)), wants=wants)
+
+
+def test_the_lanes_of_a_source_begin_out_of_step() -> None:
+    first = whole_mib(900, lanes=3, most=30).next(0.0).move
+    assert [batch.nbytes >> 20 for batch in first] == [10, 20, 30]
+
+
+def test_the_lanes_of_a_source_end_together() -> None:
+    sizes = [nbytes >> 20 for nbytes in sizes_of_all(whole_mib(300, lanes=3, most=30))]
+    assert sum(sizes) == 300
+    for number, size in enumerate(sizes[3:], 3):  # past the first of each lane
+        left = sum(sizes[number:])
+        assert size == min(left, 30, max(LAST_BATCHES_NBYTES_MIN >> 20, left // 3)), sizes
 
 
 # -- what was given up on, and late bytes ----------------------------------------------------------------------

@@ -468,6 +468,29 @@ def test_a_destination_that_fails_for_a_block_costs_only_that_block(
     assert "this slot is gone" in report.failed[0].reason
 
 
+def test_a_block_that_cannot_be_published_keeps_none_back_that_came_with_it(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Vouching(Odd):
+        def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
+            super().fetch(batch, destination)
+            return {want.row: want.checksum for want in batch.wants if want.checksum is not None}
+
+    publish = case.slots.publish
+
+    def broken(want: Want, checksum: bytes) -> None:
+        if want.row == 7:
+            raise ValueError("this slot is gone")
+        publish(want, checksum)
+
+    monkeypatch.setattr(case.slots, "publish", broken)
+    source = Vouching("a")
+    source.limits = Limits(nbytes=len(case.rows) * NBYTES)
+    report = case.restore([source]).run()
+    case.check(report, done=set(case.rows) - {7})
+    assert report.state is RestoreState.FAILED
+
+
 def test_nobody_is_asked_any_more_once_the_destination_is_gone(case: Case) -> None:
     def trick(places: Places) -> None:
         raise TransferFailed("the consumer is given up", is_destination_gone=True)

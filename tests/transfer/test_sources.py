@@ -105,6 +105,12 @@ def test_batches_from_this_host_are_several_for_each_lane_and_neither_tiny_nor_h
     assert local_limits(3_333, 4).nbytes == 8 << 20
     assert local_limits(16 * (100 << 20), 4).nbytes == 100 << 20
     assert local_limits(1 << 40, 4).nbytes == 256 << 20
+    assert local_limits(1 << 40, 4).last_nbytes == 8 << 20
+
+
+def test_lanes_that_share_a_bus_keep_their_batches_large_to_the_end() -> None:
+    of = local_limits(1 << 40, 3, share_a_bus=True)
+    assert (of.nbytes, of.last_nbytes) == (256 << 20, 256 << 20)
 
 
 # -- a peer's memory -------------------------------------------------------------------------------------------

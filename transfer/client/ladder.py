@@ -56,7 +56,8 @@ class Ladder:
         bound = self._bound
         stages_host = bound.device != CPU and not attachment.is_pinned(rows)
         total, lanes = int(bound.manifest.nbytes[rows].sum()), max(2, min(LOCAL_LANES_MAX, bound.memory.lanes))
-        limits = Limits(nbytes=bound.staging.capacity) if stages_host else local_limits(total, lanes)
+        direct = local_limits(total, lanes, share_a_bus=bound.device != CPU)
+        limits = Limits(nbytes=bound.staging.capacity) if stages_host else direct
         source = HostMemory(LOCAL, attachment, lanes=lanes, limits=limits)
         self._node_of[source] = None
         self._expected.update((row, held[row].checksum) for row in rows)
