@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from shm.layout import SHM_DIRECTORY
 from tests.processes import DEADLINE_S, ROOT
 from tests.soak import campaigns
 from tests.soak.campaigns import run_campaign
-from tests.soak.ground import Ground
+from tests.soak.ground import Ground, Traced
 from tests.soak.images import expected_blocks, flip, look
 from tests.soak.slow_link import slow_link, why_not
 from tests.soak.tally import Tally
@@ -146,3 +147,12 @@ def _seconds_to_send(nbytes: int) -> float:
             nbytes -= len(receiver.recv(nbytes))
         sending.join()
     return time.monotonic() - started_s
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("number", [3, 33333])
+def test_a_process_is_killed_at_the_system_call_that_it_was_told(number: int) -> None:
+    traced = Traced("openat", number)
+    with open(os.devnull, "r+b") as nothing:
+        process = traced.fork(["-c", "pass"], [nothing.fileno()] * 3, dict(os.environ))
+    assert process.wait(DEADLINE_S) == (-signal.SIGKILL if number == 3 else 0)

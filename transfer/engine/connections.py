@@ -4,7 +4,8 @@ A read that was given up on goes on, and its bytes land whenever its peer wakes 
 then. What ends it is the end of its connection, as if the network had cut it: Mooncake calls the copy failed within
 milliseconds, makes another connection for the next one, and nothing arrives any more (tried, 0.3.13 over TCP). It has
 no call for that, and does not tell its sockets; the kernel does. Shutting a socket down leaves its descriptor to
-whoever owns it, so that nobody's number is taken away.
+whoever owns it, so that nobody's number is taken away. What waits in the kernel to be sent would be delivered all the
+same: so the connection is told to end by a reset once Mooncake closes it (`unsent`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
+
+from transfer.engine.unsent import BY_RESET, round_trip_s
 
 TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")  # see proc_net_tcp(5): addresses in hex, words little-endian
 WORD_CHARS = 8
@@ -42,13 +45,20 @@ def connections() -> list[Connection]:
     ]
 
 
-def hang_up(connection: Connection) -> None:
-    """End a connection as the network would: both sides notice at once. Harmless for one that has ended."""
+def hang_up(connection: Connection) -> float:
+    """End a connection as the network would: both sides notice at once, and what waits to be sent is thrown away.
+
+    Returns for how many seconds what was sent may be on its way. Harmless for one that has ended.
+    """
     with suppress(OSError):
         descriptor = os.dup(connection.descriptor)
         with suppress(OSError), socket.socket(fileno=descriptor) as held:
             if _inode(descriptor) == connection.inode:  # the number may be another socket's by now
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, BY_RESET)
+                trip_s = round_trip_s(held)
                 held.shutdown(socket.SHUT_RDWR)
+                return trip_s
+    return 0.0
 
 
 def _own_sockets() -> Iterator[tuple[int, int]]:

@@ -29,6 +29,7 @@ from transfer.engine.protocol import (
     session_host,
     within_pieces,
 )
+from transfer.engine.unsent import ROUND_TRIP_S_MAX
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
 
 # Mooncake's own wait spins on a core, which a small host then lacks to move the bytes: asking now and then
@@ -268,13 +269,17 @@ class MooncakeEngine:
         return frozenset(course.lost | {number for number, _ in course.waiting}), course.is_settled
 
     def _cut(self, line: _Line, batches: Sequence[int]) -> list[int]:
-        """What becomes of these copies once their connections are cut: of those that waited for one, also the next."""
+        """What becomes of these copies once their connections are cut: of those that waited for one, also the next.
+
+        Returns once what was sent over these has arrived: a write that was cut off writes no more.
+        """
         codes = dict.fromkeys(batches, UNDER_WAY)
-        ends_at = time.monotonic() + HANG_UP_WAIT_S
+        ends_at, trip_s = time.monotonic() + HANG_UP_WAIT_S, 0.0
         while UNDER_WAY in codes.values() and time.monotonic() < ends_at:
-            _hang_up(line.data_address)
+            trip_s = max(trip_s, _hang_up(line.data_address))
             again_at = time.monotonic() + CONTACT_POLL_S
             codes = {batch: code or self._await(batch, again_at) for batch, code in codes.items()}
+        time.sleep(min(ROUND_TRIP_S_MAX, trip_s))
         return list(codes.values())
 
     def _await(self, batch: int, until_s: float, watch: Watch | None = None) -> int:
@@ -349,11 +354,10 @@ class MooncakeEngine:
                 )
 
 
-def _hang_up(address: tuple[str, int] | None) -> None:
-    """Cut every connection of this process that leads there."""
-    for each in connections() if address is not None else ():
-        if (each.host, each.port) == address:
-            hang_up(each)
+def _hang_up(address: tuple[str, int] | None) -> float:
+    """Cut every connection of this process that leads there; for how many seconds what they sent may be on its way."""
+    there = [each for each in connections() if (each.host, each.port) == address]
+    return max(map(hang_up, there), default=0.0)
 
 
 def _contact(line: _Line, engine: weakref.ref[MooncakeEngine]) -> None:

@@ -34,7 +34,7 @@ def discarding() -> Iterator[None]:
     told: dict[int, float] = {}
     for connection in _connections():
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, BY_RESET)
-        told[_number(connection)] = _round_trip_s(connection)
+        told[_number(connection)] = round_trip_s(connection)
     try:
         yield
     finally:
@@ -77,7 +77,8 @@ def _number(connection: socket.socket) -> int:
     return os.fstat(connection.fileno()).st_ino
 
 
-def _round_trip_s(connection: socket.socket) -> float:
+def round_trip_s(connection: socket.socket) -> float:
+    """For how long what was sent may be on its way, at most, as TCP itself reckons."""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_NBYTES)
     round_trip_us, variation_us = struct.unpack_from("II", info, ROUND_TRIP_AT)
     return float(round_trip_us + VARIATIONS * variation_us) / 1e6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -70,3 +71,21 @@ def test_a_number_that_is_another_sockets_by_now_is_left_alone(listening: socket
         with other:
             other.sendall(b"still there")
             assert ours.recv(333) == b"still there"
+
+
+def test_what_waits_to_be_sent_is_not_delivered_once_its_owner_closes_it(listening: socket.socket) -> None:
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the least there is: the rest waits on our side
+    with socket.create_connection(listening.getsockname()[:2]) as ours:
+        other, _ = listening.accept()
+        ours.setblocking(False)
+        taken = 0
+        with suppress(BlockingIOError):
+            while True:
+                taken += ours.send(bytes(3333))
+        for each in towards(listening):
+            assert 0 < hang_up(each) < 60
+    with other, suppress(ConnectionResetError):
+        other.settimeout(60)
+        while part := other.recv(1 << 20):
+            taken -= len(part)
+    assert taken > 0
