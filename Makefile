@@ -11,7 +11,7 @@ PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check mutate soak sglang bench fmt openapi clean
+.PHONY: help setup demo test check mutate soak calls sglang bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench    the benchmarks            make fmt      format the code"
 	@echo "make mutate   break the code on purpose, and see whether a test notices"
 	@echo "make soak     randomised campaigns: pauses, slow links, flips, contents, kills (SEED=, MINUTES= of each)"
+	@echo "make calls    thousands of generated API calls (downloads 40 MB; EXAMPLES=, SEED=)"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
@@ -69,6 +70,16 @@ $(SGLANG)/.set-up: tests/sglang/requirements.txt | $(STAMP)
 
 sglang: setup $(SGLANG)/.set-up
 	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/sglang
+
+# schemathesis pins versions of its own: beside .venv and not in it. EXAMPLES=2000 makes some 30,000 calls.
+SCHEMATHESIS := build/schemathesis
+EXAMPLES ?= 100
+$(SCHEMATHESIS)/bin/st:
+	@$(PYTHON) -m venv $(SCHEMATHESIS)
+	@$(SCHEMATHESIS)/bin/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4.3,<5'
+
+calls: setup $(SCHEMATHESIS)/bin/st
+	@$(BIN)/python tools/generated_calls.py --schemathesis $(abspath $(SCHEMATHESIS)/bin/st) --examples $(EXAMPLES) $(if $(SEED),--seed $(SEED))
 
 bench: setup
 	@$(BIN)/python -m compileall -q app shm transfer

@@ -29,6 +29,7 @@ from transfer.sources import SourceKind
 TTL_S_MIN = 1.0
 TTL_S_MAX = 7 * 86400.0
 TTL_S_DEFAULT = 300.0
+EPOCH_MAX = 1 << 62  # epochs count from a node's start in ns since 1970; a power of two, which a float has exactly
 EXPERTS_MAX = 1 << 17  # named in one request; DeepSeek-V3 has 14,848
 
 Item = TypeVar("Item")
@@ -230,6 +231,18 @@ class RestoreTarget(Document):
 
 
 class RestoreRequest(Document):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {
+                "properties": {
+                    "read_back": {"const": True},
+                    "target": {"properties": {"node_id": {"type": "string"}}, "required": ["node_id"]},
+                },
+                "required": ["read_back", "target"],
+            }
+        }
+    )
+
     target: RestoreTarget
     experts: Annotated[Many[ExpertRef], Field(min_length=1, max_length=EXPERTS_MAX)] | None = Field(
         None, description="null: every block that belongs to the target."
@@ -353,7 +366,7 @@ class Consumers(Document):
 
 
 class LeaseRequest(Document):
-    epoch: Annotated[int, Field(ge=0, le=2**63 - 1, description="Of the registration that is to be written to.")]
+    epoch: Annotated[int, Field(ge=0, le=EPOCH_MAX, description="Of the registration that is to be written to.")]
     push_id: Annotated[str, Field(min_length=1, max_length=64, pattern="^[!-~]+$")]
 
 
@@ -380,7 +393,7 @@ class PushLease(Document):
 
     node_id: NodeId
     consumer_id: Annotated[str, Field(min_length=1, max_length=200, pattern="^[!-~]+$")]
-    epoch: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    epoch: Annotated[int, Field(ge=0, le=EPOCH_MAX)]
     push_id: Annotated[str, Field(min_length=1, max_length=64, pattern="^[!-~]+$")]
 
 

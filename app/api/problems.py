@@ -244,7 +244,17 @@ def _describe(document: dict[str, Any]) -> dict[str, Any]:
             if named in ("Problem", "HTTPValidationError"):
                 response["content"] = {MEDIA_TYPE: reference}
                 response["description"] = HTTPStatus(int(status)).phrase
+    _write_whole_numbers(document)
     return document
+
+
+def _write_whole_numbers(part: Any) -> None:
+    """Write limits that are whole numbers as such: FastAPI writes 2^62 as 4.611686018427388e+18, which is another."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+        if isinstance(value, float) and value.is_integer():
+            part[key] = int(value)
+        elif isinstance(value, dict | list):
+            _write_whole_numbers(value)
 
 
 def install(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 
+from app.api.bodies import BodyRoute
 from app.api.caching import etag, not_modified
 from app.api.context import Context
 from app.api.current import CurrentContext
@@ -16,7 +17,7 @@ from app.node.holding import proofs_of
 from app.version import VERSION
 from shm.block import ExpertKey
 
-router = APIRouter(prefix="/v1", tags=["node"])
+router = APIRouter(prefix="/v1", tags=["node"], route_class=BodyRoute)
 
 
 def node_document(context: Context) -> NodeDocument:

@@ -10,8 +10,11 @@ from typing import Any
 
 import orjson
 import pytest
+from fastapi.routing import APIRoute
 
-from app.api.bodies import SMALL_NBYTES
+from app.api.bodies import SMALL_NBYTES, BodyRoute
+from app.api.routes import cluster, consumers, health, metrics, restores
+from app.api.routes import node as node_routes
 from app.documents import EXPERTS_MAX, give_way
 from tests.processes import DEADLINE_S
 
@@ -56,6 +59,13 @@ def test_what_is_wrong_with_a_body_is_said_and_no_failure_of_ours(
         assert first["field"] == "" or len(before) <= int(first["field"]) <= len(before + body)
     else:
         assert first["field"] == field
+
+
+def test_every_route_that_takes_a_body_reads_it_so() -> None:
+    routers = [module.router for module in (cluster, consumers, health, metrics, node_routes, restores)]
+    taking = [r for router in routers for r in router.routes if isinstance(r, APIRoute) and r.body_field is not None]
+    assert len(taking) > 3
+    assert [r.path for r in taking if not isinstance(r, BodyRoute)] == []
 
 
 def test_a_body_that_is_not_called_json_is_refused(node: Any) -> None:
@@ -112,10 +122,7 @@ def test_a_table_of_ten_megabytes_holds_nobody_up(node: Any) -> None:
 
 def test_parsing_gives_way() -> None:
     """Another thread runs while one document is parsed and validated, many times."""
-    from app.api.bodies import BodyRoute
-    from app.api.routes.consumers import router
-
-    route = next(r for r in router.routes if isinstance(r, BodyRoute) and "PUT" in r.methods)
+    route = next(r for r in consumers.router.routes if isinstance(r, BodyRoute) and "PUT" in r.methods)
     turns, ended = 0, threading.Event()
 
     def count() -> None:
