@@ -5,7 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+# What pins the packages; another file for an interpreter or an index that lacks these versions.
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -16,7 +18,7 @@ help:
 	@echo "make test     the test suite            make check    linters, types, import rules, OpenAPI drift"
 	@echo "make bench    the benchmarks            make fmt      format the code"
 	@echo "make mutate   break the code on purpose, and see whether a test notices"
-	@echo "make soak     randomised campaigns: pauses, flips, contents, kills (SEED=, MINUTES= of each)"
+	@echo "make soak     randomised campaigns: pauses, slow links, flips, contents, kills (SEED=, MINUTES= of each)"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
@@ -24,12 +26,13 @@ help:
 setup: $(STAMP)
 
 # The last two: an environment may forbid Python to write bytecode, and every start of a node would compile all anew.
-$(STAMP): pyproject.toml constraints.txt .ci/system-libraries
+$(STAMP): pyproject.toml $(CONSTRAINTS) .ci/system-libraries .ci/install
 	@PYTHON="$(PYTHON)" bash .ci/system-libraries
 	@test -x $(BIN)/pip || { echo "building $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
-	@echo "installing into $(VENV)"
+	@echo "installing into $(VENV): about 80 packages, some minutes the first time"
 	@$(PIP_INSTALL) hatchling editables
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[cpu,dev]'
+	@echo "compiling"
 	@$(BIN)/python -m compileall -q app shm transfer
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import app.cli.main, app.api.application, uvicorn, safetensors.torch"
 	@touch $@
@@ -45,7 +48,7 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/mypy tools/mutate.py
+	@$(BIN)/mypy tools
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m app.api.openapi_document --check
 

@@ -6,9 +6,9 @@ They are below the restores, not in `app.api`: nodes speak to each other in the 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from app.cluster.membership import PeerState
 from app.node.node import NodeState
@@ -29,8 +29,19 @@ from transfer.sources import SourceKind
 TTL_S_MIN = 1.0
 TTL_S_MAX = 7 * 86400.0
 TTL_S_DEFAULT = 300.0
-EXPERTS_MAX = 1 << 17  # named in one request, which is parsed on the event loop; DeepSeek-V3 has 14,848
+EXPERTS_MAX = 1 << 17  # named in one request; DeepSeek-V3 has 14,848
 
+Item = TypeVar("Item")
+
+
+def give_way(value: Any) -> Any:
+    """What it is given. A parser or validator in C or Rust that calls this for each of many objects lets other threads
+    run meanwhile: the event loop, above all."""
+    return value
+
+
+Many = Annotated[list[Annotated[Item, BeforeValidator(give_way)]], Field(fail_fast=True)]
+"""A list that may be long: it is refused at its first fault, for to name all of many takes longer than to be wrong."""
 NodeId = Annotated[str, Field(min_length=1, max_length=200, examples=["node-a"])]
 Layer = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -157,6 +168,8 @@ class PeerDocument(Document):
     last_seen: datetime | None
     self_: bool = Field(False, alias="self", description="The node that answers.")
     node_state: NodeState | None = Field(None, description="What it last said of itself.")
+    blocks_unproved: int | None = Field(None, description="As in its own document, when it last said so.")
+    proved_oldest: datetime | None = Field(None, description="Likewise.")
     conflict: str | None = Field(None, description="Why nothing is taken from it, although it answers.")
     warning: str | None = Field(None, description="What its options and ours disagree on, without harm to any byte.")
     error: str | None = Field(None, description="Why it last did not answer.")
@@ -215,7 +228,7 @@ class RestoreTarget(Document):
 
 class RestoreRequest(Document):
     target: RestoreTarget
-    experts: Annotated[list[ExpertRef], Field(min_length=1, max_length=EXPERTS_MAX)] | None = Field(
+    experts: Annotated[Many[ExpertRef], Field(min_length=1, max_length=EXPERTS_MAX)] | None = Field(
         None, description="null: every block that belongs to the target."
     )
     sources: Annotated[list[Literal["peer", "disk"]], Field(min_length=1)] | None = Field(
@@ -239,7 +252,7 @@ class FailedExpert(Document):
 
 
 class RestoreDocument(Document):
-    id: str
+    id: Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")]
     target: RestoreTarget
     state: RestoreState
     blocks_total: int
@@ -252,9 +265,9 @@ class RestoreDocument(Document):
     )
     failed_total: int
     error: str | None
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
+    created_at: AwareDatetime
+    started_at: AwareDatetime | None
+    finished_at: AwareDatetime | None
 
 
 class Restores(Document):
@@ -297,15 +310,18 @@ class PushTableDocument(Document):
         str, Field(pattern=r"^[^\s/@]{1,255}:[0-9]{1,5}$", description="Of the engine's transfer engine: host:port.")
     ]
     manifest_digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="The manifest that it was made for.")]
+    content_digest: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(
+        None, description="The weights that the slots hold; null: those that the node has now. No others are written."
+    )
     ranges: Annotated[
-        list[tuple[Address, Length]],
+        Many[tuple[Address, Length]],
         Field(min_length=1, max_length=RANGES_MAX, description="[address, nbytes] registered with that engine."),
     ]
     forms: Annotated[
-        list[Annotated[list[FormCopyDocument], Field(min_length=1, max_length=COPIES_PER_FORM_MAX)]],
+        Many[Annotated[Many[FormCopyDocument], Field(min_length=1, max_length=COPIES_PER_FORM_MAX)]],
         Field(min_length=1, max_length=FORMS_MAX, description="What slots that look alike share."),
     ]
-    slots: Annotated[list[SlotDocument], Field(min_length=1, max_length=SLOTS_MAX)]
+    slots: Annotated[Many[SlotDocument], Field(min_length=1, max_length=SLOTS_MAX)]
 
 
 class ConsumerRequest(PushTableDocument):
@@ -317,6 +333,7 @@ class ConsumerDocument(Document):
     node_id: str = Field(description="The node it is registered with, which plans its restores.")
     session_id: str
     manifest_digest: str
+    content_digest: str = Field(description="Of the weights that it is restored with, and of no others.")
     epoch: int = Field(description="Of this registration: another one for each. Leases to write to it name it.")
     blocks: int = Field(description="Experts that have a slot.")
     slots: int
@@ -341,6 +358,16 @@ class LeaseDocument(Document):
     ttl_s: float = Field(description="For so long the push may write, from when it asked.")
 
 
+class DoubtedBlock(Document):
+    layer: Annotated[int, Field(ge=-1, le=2**31 - 1)]
+    expert: Annotated[int, Field(ge=-1, le=2**31 - 1, description="-1: the dense tensors of the layer.")]
+
+
+class DoubtRequest(Document):
+    content_digest: Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="Of the weights that were read.")]
+    blocks: Annotated[list[DoubtedBlock], Field(min_length=1, max_length=EXPERTS_MAX)]
+
+
 class WantedExpert(ExpertRef):
     checksum: Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="That the block must have.")]
 
@@ -356,7 +383,7 @@ class PushLease(Document):
 
 class PushRequest(PushTableDocument):
     lease: PushLease
-    blocks: Annotated[list[WantedExpert], Field(min_length=1, max_length=PUSH_LIMITS.items)]
+    blocks: Annotated[Many[WantedExpert], Field(min_length=1, max_length=PUSH_LIMITS.items)]
     read_back: bool = False
 
 

@@ -68,6 +68,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def shaped(flat: torch.Tensor, template: TensorTemplate) -> torch.Tensor:
+    """The bytes of a tensor, uint8 [bytes], with its dtype and shape. Raises BlockUnavailable as `torch_dtype` does."""
+    dtype, shape = torch_dtype(template.dtype), list(template.shape)
+    if template.dtype in _PACKED:
+        if shape[-1] % _PACKED[template.dtype]:
+            raise BlockUnavailable(f"{template.name} is {template.dtype} {shape}: torch packs whole bytes in a row")
+        shape[-1] //= _PACKED[template.dtype]
+    return flat.view(dtype).view(shape)
+
+
 class ExpertTensors(dict[str, "torch.Tensor"]):
     """Checkpoint name → tensor of one expert. The slice of a fused tensor also answers to `<name>[<expert>]`."""
 
@@ -259,21 +269,19 @@ class Attachment(Mapping[str, "torch.Tensor"]):
             raise BlockUnavailable(self._why_not(row, 0, True))
         return bytes(entries["checksum"][0])
 
-    def _tensor(self, block_offset: int, template: TensorTemplate) -> torch.Tensor:
+    def block_tensor(self, row: int) -> torch.Tensor:
+        """The bytes of a block as a tensor, uint8 [bytes], on the shared pages. Raises BlockUnavailable."""
+        return self._bytes_at(self._offset(row), int(self.manifest.nbytes[row]))
+
+    def _bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
         import torch
 
-        dtype = torch_dtype(template.dtype)
-        shape = list(template.shape)
-        if template.dtype in _PACKED:
-            if shape[-1] % _PACKED[template.dtype]:
-                raise BlockUnavailable(f"{template.name} is {template.dtype} {shape}: torch packs whole bytes in a row")
-            shape[-1] //= _PACKED[template.dtype]
-        if template.nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        flat = torch.frombuffer(
-            self._bytes, dtype=torch.uint8, count=template.nbytes, offset=block_offset + template.offset
-        )
-        return flat.view(dtype).view(shape)
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._bytes, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def _tensor(self, block_offset: int, template: TensorTemplate) -> torch.Tensor:
+        return shaped(self._bytes_at(block_offset + template.offset, template.nbytes), template)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         row, template = self.manifest.find(name)

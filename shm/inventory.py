@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from shm import posix
 from shm.errors import HotspareError, SegmentBusy, SegmentForeign, SegmentNotFound
 from shm.header import Header
-from shm.layout import PREFIX, SHM_DIRECTORY
+from shm.layout import PREFIX, SHM_DIRECTORY, SegmentState
 from shm.lookup import object_names, read_header
 
 INODE_FIELD = 4  # of a line of /proc/PID/maps
@@ -103,3 +103,23 @@ def remove(object_name: str) -> int:
     finally:
         os.close(fd)
     return info.nbytes
+
+
+def give_up(object_name: str) -> bool:
+    """Unlink a segment of this process that is not sealed; whether there was one.
+
+    For a process that ends with threads still at work on it: they keep their mappings until then. Raises what reading
+    its header does.
+    """
+    try:
+        fd = posix.open_existing(object_name, read_only=True)
+    except SegmentNotFound:
+        return False
+    try:
+        header = read_header(fd, object_name)
+        is_ours = header.owner_pid == os.getpid() and header.state is not SegmentState.SEALED
+        if is_ours and posix.still_named(fd, object_name):
+            posix.unlink(object_name)
+        return is_ours
+    finally:
+        os.close(fd)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from shm.block import ExpertKey
 from shm.errors import HotspareError
 from transfer.destination import Destination
-from transfer.errors import told
+from transfer.errors import SomeLost, told
 from transfer.ledger import LANES_MAX, Arrived, Ledger
 from transfer.plan import Batch, Offer, Want
 from transfer.progress import FailedBlock, Progress, Report, RestoreState
@@ -81,6 +81,11 @@ class Restore:
 
     def report(self) -> Report:
         return self.progress.report()
+
+    @property
+    def wrong(self) -> Mapping[Source, Sequence[int]]:
+        """By source, the rows that it gave other bytes of than they should have. Complete once `run` has returned."""
+        return {self._sources[source]: tuple(rows) for source, rows in self._ledger.wrong.items()}
 
     @property
     def outstanding(self) -> tuple[Batch, ...]:
@@ -171,8 +176,8 @@ class Restore:
             self._wait_s = orders.wait_s
             if self._wait_s is not None or not self._ledger.is_busy:
                 self._changed.notify_all()
-        for block in orders.publish:
-            self._publish(block)
+        if orders.publish:
+            self._publish(orders.publish)
 
     def _guard(self, work: Callable[[T], None], subject: T) -> None:
         """Have `run` raise what a thread of ours did not foresee: else it would wait for ever."""
@@ -187,6 +192,8 @@ class Restore:
         source = self._sources[batch.source]
         try:
             checksums = source.fetch(batch, self._destination)
+        except SomeLost as error:
+            self._tell(partial(self._ledger.came_in_part, batch, error, time.monotonic()))
         except Exception as error:  # whatever it is, this source did not serve, and others may
             if not isinstance(error, HotspareError):
                 _log.exception("%s failed in an unforeseen way", source.name)
@@ -203,12 +210,22 @@ class Restore:
         else:
             self._tell(partial(self._ledger.verified, block.want.row, checksum))
 
-    def _publish(self, block: Arrived) -> None:
-        assert block.checksum is not None
-        try:
-            self._destination.publish(block.want, block.checksum)
-        except Exception as error:  # as in `_verify`
-            self._tell(partial(self._ledger.refused, block.want.row, told(error)))
-        else:
-            self.progress.done(self._sources[block.source].kind, block.want.nbytes)
-            self._tell(partial(self._ledger.published, block.want.row))
+    def _publish(self, blocks: Sequence[Arrived]) -> None:
+        """Publish what arrived together, and then tell the ledger, once: asking it what comes next costs more."""
+        refused: dict[int, str] = {}
+        for block in blocks:
+            assert block.checksum is not None
+            try:
+                self._destination.publish(block.want, block.checksum)
+            except Exception as error:  # as in `_verify`
+                refused[block.want.row] = told(error)
+            else:
+                self.progress.done(self._sources[block.source].kind, block.want.nbytes)
+        self._tell(partial(self._settled, [block.want.row for block in blocks], refused))
+
+    def _settled(self, rows: Sequence[int], refused: Mapping[int, str]) -> None:
+        for row in rows:
+            if row in refused:
+                self._ledger.refused(row, refused[row])
+            else:
+                self._ledger.published(row)

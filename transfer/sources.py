@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from enum import StrEnum
 from functools import partial
 from typing import Protocol
 
 from shm.block import HeldBlock
 from shm.manifest import Manifest
-from transfer.checkpoint import Checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.checkpoint.reader import BlockReader, position_on_disk
 from transfer.destination import Destination, Resident
 from transfer.engine import Copy, TransferEngine
+from transfer.errors import CheckpointError, SomeLost, TransferFailed
 from transfer.memory import populate, view
-from transfer.plan import Batch, Limits, coalesce, sliced, split
+from transfer.plan import Batch, Limits, Piece, coalesce, sliced, split
 
 LOCAL_LANES_MAX = 16
 LOCAL_BATCH_NBYTES_MIN = 8 << 20
@@ -53,7 +55,7 @@ class Source(Protocol):
     def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
         """Bring the batch; the checksums of blocks that were taken meanwhile, by row.
 
-        Raises a HotspareError; then any of the blocks may be half-written.
+        Raises SomeLost where some of its blocks came, and another HotspareError where any of them may be half-written.
         """
         ...
 
@@ -148,6 +150,7 @@ def reading(engine: TransferEngine, session_id: str) -> Move:
 def _read(engine: TransferEngine, session_id: str, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
     address = {want.row: at for want, at in zip(batch.wants, batch.addresses, strict=True)}
     checksums: dict[int, bytes] = {}
+    lost: dict[int, str] = {}
     for landing in destination.landings(batch.wants, in_one_run=False):
         with landing as landed:
             copies = [
@@ -158,23 +161,43 @@ def _read(engine: TransferEngine, session_id: str, batch: Batch, destination: De
             for call in split(sliced(coalesce(copies)), Limits()):
                 for copy in call:
                     populate(copy.destination, copy.nbytes)
-                engine.read(session_id, call)
-            checksums |= landed.settle({})
+                try:
+                    engine.read(session_id, call, batch.watch)
+                except TransferFailed as error:
+                    if not error.lost or (len(error.lost) == len(call) and not batch.watch.arrived_nbytes):
+                        raise
+                    lost |= dict.fromkeys(_rows_of([call[number] for number in error.lost], landed.pieces), str(error))
+            checksums |= landed.settle({}, lost.keys())
+    if lost:
+        raise SomeLost(lost, checksums)
     return checksums
+
+
+def _rows_of(copies: Sequence[Copy], pieces: Mapping[int, Sequence[Piece]]) -> list[int]:
+    """The blocks that have a byte in one of these copies."""
+    spans = [(copy.destination, copy.destination + copy.nbytes) for copy in copies]
+    return [
+        row
+        for row, each in pieces.items()
+        if any(start < p.destination + p.nbytes and p.destination < end for p in each for start, end in spans)
+    ]
 
 
 # -- the disk ------------------------------------------------------------------------------------------------------
 
 
 class Disk:
-    """A checkpoint's files. They are opened when first needed: most restores never do."""
+    """A checkpoint's files. They are opened when first needed, and closed with the batch: most restores never do.
+
+    A block that cannot be read costs no other: a disk has bad sectors, and one of its files may be gone.
+    """
 
     kind = SourceKind.DISK
 
     def __init__(
         self,
         name: str,
-        checkpoint: Callable[[], Checkpoint],
+        checkpoint: Callable[[], PinnedCheckpoint],
         *,
         lanes: int | None = None,
         limits: Limits = Limits(nbytes=DISK_BATCH_NBYTES),  # noqa: B008
@@ -183,29 +206,40 @@ class Disk:
         self.name = name
         self.lanes = lanes or max(2, min(DISK_LANES_MAX, os.cpu_count() or 1))
         self.limits = limits
-        self._checkpoint = checkpoint
-        self._reader: BlockReader | None = None
+        self._find = checkpoint
+        self._pinned: PinnedCheckpoint | None = None
         self._lock = threading.Lock()
 
     def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
-        reader = self._opened()
+        pinned = self._found()
         checksums: dict[int, bytes] = {}
-        for landing in destination.landings(batch.wants, in_one_run=True):
-            with landing as landed:
-                runs = {row: view(piece.destination, piece.nbytes) for row, (piece,) in landed.pieces.items()}
-                checksums |= landed.settle({row: reader.read_block(row, run) for row, run in runs.items()})
+        lost: dict[int, str] = {}
+        with closing(BlockReader(pinned.checkpoint, pinned.files)) as reader:
+            for landing in destination.landings(batch.wants, in_one_run=True):
+                with landing as landed:
+                    taken: dict[int, bytes] = {}
+                    for row, (piece,) in landed.pieces.items():
+                        if batch.watch.is_recalled:
+                            lost[row] = "was recalled"
+                            continue
+                        try:
+                            taken[row] = reader.read_block(row, view(piece.destination, piece.nbytes))
+                        except CheckpointError as error:
+                            lost[row] = str(error)
+                        batch.watch.arrived_nbytes += piece.nbytes
+                    checksums |= landed.settle(taken, lost.keys())
+        if lost:
+            raise SomeLost(lost, checksums)
         return checksums
 
-    def _opened(self) -> BlockReader:
+    def _found(self) -> PinnedCheckpoint:
         with self._lock:
-            if self._reader is None:
-                self._reader = BlockReader(self._checkpoint())
-            return self._reader
+            if self._pinned is None:
+                self._pinned = self._find()
+            return self._pinned
 
     def close(self) -> None:
-        """Close the files."""
-        if self._reader is not None:
-            self._reader.close()
+        """Nothing is open between two batches."""
 
 
 def on_disk(manifest: Manifest, rows: Iterable[int]) -> dict[int, tuple[int, None]]:

@@ -88,8 +88,17 @@ class Context:
         self.scrubber.loop.start()
         self.guard.loop.start()
 
+    def hurry(self) -> None:
+        """The node is about to be stopped: have what waits for others end, so that it waits for nobody."""
+        self.restores.cancel()
+        self.consumers.stop()
+        self.prober.loop.stop(0)
+        self.caretaker.loop.stop(0)
+        self.client.close()
+
     def stop(self) -> None:
         """End every thread, then let the segment go: sealed, it stays for the next daemon. Blocks."""
+        self.hurry()
         self.guard.loop.stop()
         self.scrubber.loop.stop()
         self.caretaker.stop()

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from app.api.context import Context
 from app.cluster.membership import PeerState
-from app.node.holding import Holding
+from app.node.holding import Holding, proofs_of
 from app.node.node import NodeState
 from app.restores.local import LocalRestore
 from transfer.progress import RestoreState
@@ -64,9 +64,8 @@ class NodeCollector:
             "Headers, manifests and entries of the block table that were found damaged and written anew.",
             value=self._context.guard.mended,
         )
-        unproved = holding.proofs.unproved(holding.published()) if holding else 0
+        unproved, oldest = proofs_of(holding)
         yield GaugeMetricFamily("hotspare_blocks_unproved", "Published blocks never proved yet.", value=unproved)
-        oldest = holding.proofs.oldest(holding.published()) if holding else None
         if oldest is not None:
             age_s = (datetime.now(UTC) - oldest).total_seconds()
             yield GaugeMetricFamily("hotspare_proof_age_seconds", "Age of the oldest proof of a block.", value=age_s)

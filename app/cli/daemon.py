@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -16,14 +17,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-import typer
-
+from app.cli.stop_deadline import StopDeadline
 from app.settings import Address, Settings
+from app.terminal import streams
+from app.terminal.streams import say
 from app.terminal.units import duration, size
 from shm.errors import HotspareError
+from shm.layout import SegmentName
 
 if TYPE_CHECKING:
     import uvicorn
@@ -31,8 +35,9 @@ if TYPE_CHECKING:
     from app.api.context import Context
 
 BACKLOG = 1024
+DESCRIPTORS_MAX = 1 << 16
 READY_POLL_S = 0.02
-GRACEFUL_SHUTDOWN_S = 3  # streams of events are cut after that
+GRACEFUL_SHUTDOWN_S = 1  # streams of events are cut after that
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CHATTY_LOGGERS = ("httpx", "httpcore", "uvicorn", "asyncio")
 
@@ -49,14 +54,17 @@ class Stopper:
     A node that is being opened stops as soon as it is open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: StopDeadline) -> None:
         self._asked = False
+        self._deadline = deadline
         self._server: uvicorn.Server | None = None
         for number in STOPPING_SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        self._deadline.tell()
         if self._server is not None:
             self._server.should_exit = True
 
@@ -65,11 +73,6 @@ class Stopper:
         self._server = server
         if self._asked:
             server.should_exit = True
-
-    def ignore(self) -> None:
-        """It is stopping: asking again must not leave it half done."""
-        for number in STOPPING_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def bind(address: Address) -> socket.socket:
@@ -100,7 +103,11 @@ def _explain(address: Address, error: OSError) -> str:
 
 
 def configure_logging(level: str) -> None:
-    """Log to stderr, through a descriptor of its own: fd 2 may be turned away for a while."""
+    """Log to stderr, through a descriptor of its own: fd 2 may be turned away for a while.
+
+    What cannot be written there is lost, without a word: a full disk must not fill with tracebacks once it has room.
+    """
+    logging.raiseExceptions = False
     stream = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace")
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=level.upper(), stream=stream, format=form)
@@ -112,7 +119,6 @@ def configure_logging(level: str) -> None:
 @contextmanager
 def silence_native_output() -> Iterator[None]:
     """Keep what libraries write straight to fd 2 out of sight; Mooncake does as it starts, whatever its log level."""
-    sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
@@ -121,6 +127,14 @@ def silence_native_output() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def raise_descriptor_limit() -> None:
+    """Have as many descriptors as the host allows: 1,024 are usual, for the sake of programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _import_server() -> None:
@@ -143,50 +157,43 @@ def open_context(settings: Settings, *, debug: bool) -> Context:
 def run(settings: Settings, log_level: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises what keeps the node from starting, and leaves nothing then."""
     started_s = time.monotonic()
-    stopper = Stopper()
+    raise_descriptor_limit()
+    name = SegmentName(settings.namespace, settings.require_model(), settings.node_id)
+    deadline = StopDeadline(name, partial(say, f"{settings.node_id} stopped"))
+    stopper = Stopper(deadline)
     listener = bind(settings.address)
     configure_logging(log_level)
     debug = log_level == "debug"
     try:
         context = open_context(settings, debug=debug)
+        deadline.hurry = context.hurry
         try:
             _announce(settings, listener, context)
             threading.Thread(target=_announce_ready, args=(context, started_s), name="ready", daemon=True).start()
             _serve(settings, listener, context, stopper, debug=debug)
         finally:
-            stopper.ignore()
             context.stop()  # a second time, if it served: harmless, and needed where it did not
     finally:
         listener.close()
-    typer.echo(f"{settings.node_id} stopped")
+    deadline.stand_down()
+    say(f"{settings.node_id} stopped")
 
 
-def leave() -> NoReturn:
-    """End the process after `run`, which has let everything go.
+def leave(status: int = 0) -> NoReturn:
+    """End the process after `run`, which has let everything go, also where it failed.
 
     Python would take Mooncake's engine down first: a second in which nothing is left to do, and a restart waits for it.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    streams.flush()
+    os._exit(status)
 
 
 def _serve(settings: Settings, listener: socket.socket, context: Context, stopper: Stopper, *, debug: bool) -> None:
-    import uvicorn
-
     from app.api.application import create_app
+    from app.api.server import make_server
 
-    config = uvicorn.Config(
-        create_app(settings, context),
-        loop="asyncio",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=debug,
-        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
-    )
-    server = uvicorn.Server(config)
+    server = make_server(create_app(settings, context), access_log=debug, graceful_s=GRACEFUL_SHUTDOWN_S)
     stopper.watch(server)
     server.run(sockets=[listener])
 
@@ -196,7 +203,7 @@ def _announce(settings: Settings, listener: socket.socket, context: Context) -> 
     url = f"http://{Address(host, port)}"
     node = context.node
     segment = f"segment {node.name.object_name}: {node.state}"
-    typer.echo(f"{settings.node_id} of {node.name.model} at {url} (API: {url}/docs), {segment}")
+    say(f"{settings.node_id} of {node.name.model} at {url} (API: {url}/docs), {segment}")
     if not settings.address.is_loopback and settings.token is None:
         _log.warning("--insecure: whoever reaches %s may read the maps and start restores", url)
 
@@ -217,4 +224,4 @@ def _announce_ready(context: Context, started_s: float) -> None:
             moved[source.value] = moved.get(source.value, 0) + nbytes
     came = ", ".join(f"{size(nbytes)} from {source}" for source, nbytes in moved.items() if nbytes)
     blocks = len(node.published())
-    typer.echo(f"{node.settings.node_id} is ready after {duration(seconds)}: {blocks} blocks, {came or 'adopted'}")
+    say(f"{node.settings.node_id} is ready after {duration(seconds)}: {blocks} blocks, {came or 'adopted'}")

@@ -5,18 +5,14 @@ Every command imports what it needs when it runs: a node that adopts a sealed se
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
 import typer
 
+from app.cli import failure
 from app.cli.commands import demo, restore, segments, serve, status, synth
-from shm.errors import HotspareError, InvalidInput
-
-FAILED = 1
-WRONG_USE = 2
-DEBUG_VARIABLE = "HOTSPARE_DEBUG"
+from app.terminal import streams
 
 cli = typer.Typer(
     help="Keeps a mixture-of-experts model's expert weights hot in host memory, and brings them back from there.",
@@ -55,19 +51,18 @@ cli.command(short_help="Write a checkpoint to try things with.")(synth.synth)
 cli.command(short_help="Three nodes, a kill, a restore: all on this machine.")(demo.demo)
 
 
-def _explain(error: Exception) -> str:
-    if isinstance(error, HotspareError):
-        return str(error)
-    return f"unexpected {type(error).__name__}: {error}; {DEBUG_VARIABLE}=1 shows where"
-
-
 def main() -> None:
     """Run the command line and exit. An error is a line or several on stderr, never a traceback unless asked for."""
+    streams.open_all()
+    code: int | str | None = 0
     try:
         cli()
+    except SystemExit as ended:
+        code = ended.code
     except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        for line in _explain(error).splitlines():
-            typer.echo(f"hotspare: {line}", err=True)
-        sys.exit(WRONG_USE if isinstance(error, InvalidInput) else FAILED)
+        code = failure.tell(error)
+    if (unwritten := streams.flush()) is not None and not code:
+        code = failure.FAILED
+        streams.say(f"hotspare: what it printed could not be written: {unwritten.strerror}", err=True)
+        streams.flush()
+    sys.exit(code)

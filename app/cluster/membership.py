@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -55,13 +56,13 @@ class NodeReport:
     revision: str = ""
     replicas: int | None = None
     placement_digest: str | None = None
+    blocks_unproved: int | None = None
+    proved_oldest: datetime | None = None
+    """When the oldest proof of what it publishes was; None while something was never proved."""
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> NodeReport:
         """Read the peer's document; fields that are not ours are passed over. Raises InvalidInput."""
-        replicas = document.get("replicas")
-        if replicas is not None and type(replicas) is not int:
-            raise InvalidInput(f"not a node's report: replicas is {replicas!r:.40}, not a whole number")
         return cls(
             node_id=_text(document, "node_id"),
             model=_text(document, "model"),
@@ -71,8 +72,10 @@ class NodeReport:
             content_digest=_text_or_none(document, "content_digest"),
             session_id=_text_or_none(document, "session_id") or "",
             revision=_text_or_none(document, "revision") or "",
-            replicas=replicas,
+            replicas=_number_or_none(document, "replicas"),
             placement_digest=_text_or_none(document, "placement_digest"),
+            blocks_unproved=_number_or_none(document, "blocks_unproved"),
+            proved_oldest=_time_or_none(document, "proved_oldest"),
         )
 
 
@@ -85,6 +88,24 @@ def _text(document: Mapping[str, Any], name: str) -> str:
 
 def _text_or_none(document: Mapping[str, Any], name: str) -> str | None:
     return None if document.get(name) is None else _text(document, name)
+
+
+def _number_or_none(document: Mapping[str, Any], name: str) -> int | None:
+    value = document.get(name)
+    if value is not None and type(value) is not int:
+        raise InvalidInput(f"not a node's report: {name} is {value!r:.40}, not a whole number")
+    return value
+
+
+def _time_or_none(document: Mapping[str, Any], name: str) -> datetime | None:
+    text = _text_or_none(document, name)
+    try:
+        moment = None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if text is not None and (moment is None or moment.tzinfo is None):
+        raise InvalidInput(f"not a node's report: {name} is {text!r:.40}, not a time with its zone")
+    return moment
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 from app.cluster.cluster import Cluster, Version
 from app.cluster.membership import NodeReport, Peer
 from app.cluster.peers import PeerClient
+from shm.block import ExpertKey
 from shm.errors import HotspareError
 from shm.manifest import Manifest
 from transfer.loop import Loop
@@ -91,6 +93,10 @@ class Prober:
             _log.warning("the shard map of %s could not be had: %s", peer.node_id, error)
             return
         self._cluster.holds(peer.node_id, report, manifest, blocks)
+
+    def doubt(self, node_id: str, content_digest: str, blocks: Sequence[ExpertKey]) -> None:
+        """Tell a peer that blocks of its arrived wrong here."""
+        self._client.doubt(self._cluster.url(node_id), content_digest, blocks)
 
     def fetch_version(self) -> tuple[Manifest, Version] | None:
         """What most peers have, and its manifest; None while that cannot be had. Raises ManifestError for a tie."""

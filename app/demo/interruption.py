@@ -48,7 +48,8 @@ class Interruption:
         self.check()
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._on_signal) for number in STOPPING_SIGNALS}
+        numbers = [each for each in STOPPING_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # nohup ignores
+        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -13,6 +13,7 @@ from app.terminal.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 SOURCES = ("local", "peer", "disk")
 
@@ -64,22 +65,33 @@ class Stage:
         made.seconds = made.seconds or time.monotonic() - started
         self.acts.append(made)
         note = f": {made.note}" if made.note else ""
-        self.console.print(f"{duration(made.seconds):>9}  {made.what}{note}", highlight=False, markup=False)
+        self.console.print(_line(duration(made.seconds), made.what + note))
 
     def show_table(self, title: str) -> None:
         """Every act that brought blocks back."""
-        from app.terminal.console import table
+        from app.terminal.console import Listing
 
-        columns = ("what was done", "blocks>", "local>", "peers>", "disk>", "time>", "GB/s>", "tensors then")
+        columns = ("what was done~", "local>", "peers>", "disk>", "time>", "GB/s>", "tensors~")
         self.console.print()
-        self.console.print(table(title, columns, [_row(act) for act in self.acts if act.blocks]))
+        self.console.print(Listing(title, columns, [_row(act) for act in self.acts if act.blocks]))
+
+
+def _line(seconds: str, said: str) -> Table:
+    """What took how long; what does not fit goes on below its beginning."""
+    from rich.table import Table
+    from rich.text import Text
+
+    line = Table.grid(padding=(0, 2))
+    line.add_column(justify="right", min_width=9, no_wrap=True)
+    line.add_column(overflow="fold")
+    line.add_row(seconds, Text(said))
+    return line
 
 
 def _row(act: Act) -> Sequence[str]:
     moved = act.bytes_by_source
     return (
         act.what,
-        str(act.blocks),
         *(size(moved[source]) if moved.get(source) else "-" for source in SOURCES),
         duration(act.seconds),
         "-" if act.gb_per_s is None else f"{act.gb_per_s:.2f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,14 @@ from typing import Any
 import orjson
 
 from app.demo import page_cache
+from app.demo.comparison import EXPERT_MARK
 from app.demo.fleet import MODEL, REPLICAS, DemoFailed, Fleet, die_with_parent, environment
 from app.demo.interruption import Interrupted, Interruption
 from app.demo.rank_process import RankProcess, rank_beside
 from app.demo.stage import Act, Stage
 from app.terminal.restore_bar import Show, bar, came_from, seconds_of, watch
 from app.terminal.units import rate, size
+from shm.block import tensor_nbytes
 from shm.errors import SharedMemoryFull
 from shm.layout import PREFIX
 from shm.posix import free_nbytes
@@ -38,6 +41,9 @@ ASKED_NODE = "node-a"  # the restore of one node is asked of another
 JANITOR_TIMEOUT_S = 30.0
 POLL_S = 0.05
 DIFFERENCES_SHOWN = 5
+SEGMENT_OVERHEAD_NBYTES = 1 << 20  # of each node: header, manifest, block table, and what alignment costs
+FIT_MARGIN = 0.95  # of what is free: somebody else may want some of it meanwhile
+FIT_TRIES_MAX = 20
 
 
 def checkpoint_shape(nbytes: int) -> dict[str, Any]:
@@ -54,6 +60,30 @@ def checkpoint_shape(nbytes: int) -> dict[str, Any]:
         "layers": LAYERS, "experts": experts, "scale": scale,
         "file_nbytes": min(FILE_NBYTES, total(scale, experts) // FILES_MIN),
     }  # fmt: skip
+
+
+def shm_nbytes(plan: SynthPlan) -> int:
+    """What the nodes need in /dev/shm together: every expert as often as there are replicas."""
+    tensors = (tensor for file in plan.files for tensor in file.tensors)
+    experts = sum(tensor_nbytes(each.dtype, each.shape) for each in tensors if EXPERT_MARK in each.name)
+    return experts * REPLICAS + len(Fleet.NODE_IDS) * SEGMENT_OVERHEAD_NBYTES
+
+
+def fitted_shape(nbytes: int, shm_free: int, disk_free: int) -> dict[str, Any]:
+    """`checkpoint_shape` of so many bytes, or of as many as there is room for.
+
+    Raises SharedMemoryFull where not even the smallest fits into /dev/shm; of the disk, writing tells.
+    """
+    for _ in range(FIT_TRIES_MAX):
+        shape = checkpoint_shape(nbytes)
+        plan = plan_checkpoint(FAMILY, **shape)
+        room = FIT_MARGIN * min(shm_free / shm_nbytes(plan), disk_free / plan.nbytes)
+        if room >= 1:
+            return shape
+        nbytes = int(min(nbytes, plan.nbytes) * room)
+    if shm_nbytes(plan) > FIT_MARGIN * shm_free:
+        raise SharedMemoryFull(shm_nbytes(plan), shm_free)
+    return shape
 
 
 @contextmanager
@@ -147,19 +177,24 @@ class Story:
     # -- steps -----------------------------------------------------------------------------------------------
 
     def write_checkpoint(self, nbytes: int) -> None:
-        shape = checkpoint_shape(nbytes)
-        self._check_space(plan_checkpoint(FAMILY, **shape))
+        shape = self._shape(nbytes)
         with self.stage.act("write a checkpoint like DeepSeek-V3's") as act:
             with self.interruption.at_once():
                 self.plan = write_checkpoint(self.checkpoint, FAMILY, **shape)
             tensors = sum(len(file.tensors) for file in self.plan.files)
             act.note = f"{size(self.plan.nbytes)}, {tensors} tensors in {len(self.plan.files)} files"
 
-    @staticmethod
-    def _check_space(plan: SynthPlan) -> None:
-        needed = plan.nbytes * REPLICAS  # the experts are a part of it, so this is enough
-        if free_nbytes() < needed:
-            raise SharedMemoryFull(needed, free_nbytes())
+    def _shape(self, nbytes: int) -> dict[str, Any]:
+        """That of the checkpoint; says so where there is no room for what was asked."""
+        shm_free, disk_free = free_nbytes(), shutil.disk_usage(self.checkpoint.parent).free
+        shape = fitted_shape(nbytes, shm_free, disk_free)
+        if shape != checkpoint_shape(nbytes):
+            self.stage.console.print(
+                f"{size(shm_free)} free in /dev/shm and {size(disk_free)} in {tempfile.gettempdir()}: the checkpoint "
+                f"has {size(plan_checkpoint(FAMILY, **shape).nbytes)} and not {size(nbytes)}",
+                markup=False,
+            )
+        return shape
 
     def fill_nodes(self) -> None:
         with self.stage.act("three nodes filled", spin=False) as act:

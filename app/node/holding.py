@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -135,3 +136,11 @@ class Holding:
 
 NOTHING = {"manifest": False, "published": False, "sealed": False, "registered": False, "attachable": False}
 """The checks of a node that has no holding yet."""
+
+
+def proofs_of(holding: Holding | None) -> tuple[int, datetime | None]:
+    """How many published blocks were never proved, and when the oldest proof of all others was."""
+    if holding is None:
+        return 0, None
+    published = holding.published()
+    return holding.proofs.unproved(published), holding.proofs.oldest(published)

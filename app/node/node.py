@@ -368,7 +368,7 @@ class Node:
             self.cluster,
             HostMemory(IN_PLACE, holding.segment, lanes=1),
             self._reach if SourceKind.PEER in kinds else None,
-            None if pinned is None else Disk(DISK, lambda: pinned.checkpoint),
+            None if pinned is None else Disk(DISK, lambda: pinned),
             None if holding.predecessor is None else HostMemory(NAMELESS, holding.predecessor, lanes=1),
         )
         without_room = dict.fromkeys(holding.without_room().tolist(), self.shortage or "it has no room")
@@ -449,6 +449,14 @@ class Node:
             restore.run()
         finally:
             self.is_restoring = False
+        if self.holding is not None:
+            self._tell_who_was_wrong(self.holding, restore)
+
+    def _tell_who_was_wrong(self, holding: Holding, restore: Restore) -> None:
+        keys = holding.manifest.keys
+        for source, rows in restore.wrong.items():
+            if isinstance(source, PeerMemory):
+                self._prober.doubt(source.name, holding.content_digest, [keys[row] for row in rows])
 
     def _settle(self, holding: Holding) -> None:
         segment = holding.segment

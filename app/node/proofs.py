@@ -8,7 +8,7 @@ jump, and told as dates.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -28,6 +28,10 @@ class Proofs:
     def note(self, row: int) -> None:
         """The block's bytes matched its checksum just now."""
         self._proved_at[row] = self._clock()
+
+    def doubt(self, rows: Iterable[int]) -> None:
+        """Somebody read other bytes of these: they are proved next, before all others."""
+        self._proved_at[list(rows)] = NEVER
 
     def next(self, rows: Int64s) -> int | None:
         """Of these rows the one whose proof is oldest, those never proved first; None of none."""

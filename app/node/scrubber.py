@@ -4,15 +4,17 @@ Memory rots: a flipped bit, a stray write. What is wrong is hidden at once, so t
 good, and then mended by an ordinary restore; what cannot be mended now, the caretaker tries again.
 
 The rate is such that everything is proved within a day, and takes little of the memory's bandwidth. After an adoption,
-when nothing is proved yet, the first time through is faster. A restore is never held up: while one is under way nothing
-is proved.
+when nothing is proved yet, the first time through is faster. What a reader doubts comes next. A restore is never held
+up: while one is under way nothing is proved.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
+from app.errors import Conflict
 from app.node.holding import Holding
 from app.node.node import Node
 from shm.block import ExpertKey
@@ -32,7 +34,7 @@ _log = logging.getLogger("hotspare.scrub")
 class Scrubber:
     """One node's. Counts what it did since it began."""
 
-    def __init__(self, node: Node, mend: Mend) -> None:
+    def __init__(self, node: Node, mend: Mend, clock: Callable[[], float] = time.monotonic) -> None:
         self.loop = Loop("hotspare-scrubber", self._turn)
         self.proved = 0
         """Blocks found right."""
@@ -40,6 +42,10 @@ class Scrubber:
         """Blocks found wrong, and hidden."""
         self._node = node
         self._mend = mend
+        self._clock = clock
+        self._ahead = 0.0
+        """Bytes proved sooner than the rate allows."""
+        self._counted_at = clock()
 
     def rate(self, holding: Holding) -> float:
         """Bytes a second that are to be proved now."""
@@ -52,16 +58,28 @@ class Scrubber:
         holding = self._node.holding
         if holding is None or self._node.is_restoring:
             return IDLE_S
-        rate, done = self.rate(holding), 0
-        while done < rate * TURN_S_MIN:
+        rate, now = self.rate(holding), self._clock()
+        self._ahead, self._counted_at = max(0.0, self._ahead - rate * (now - self._counted_at)), now
+        all_nbytes = int(holding.manifest.nbytes.sum())
+        while self._ahead < min(rate * TURN_S_MIN, all_nbytes):  # a small segment is proved once a turn, not more
             row = holding.proofs.next(holding.published())
             if row is None:
                 return IDLE_S
             self.prove(holding, row)
-            done += int(holding.manifest.nbytes[row])
-            if done >= int(holding.manifest.nbytes.sum()):  # small enough to be proved more than once in a turn
-                break
-        return max(TURN_S_MIN, done / rate)
+            self._ahead += int(holding.manifest.nbytes[row])
+        return min(max(TURN_S_MIN, self._ahead / rate), IDLE_S)
+
+    def doubt(self, content: str, experts: Sequence[ExpertKey]) -> None:
+        """A reader had other bytes of these than their checksums say: prove them next. It may be its own fault, or the
+        network's. Raises BlockUnavailable for an expert that the model lacks, Conflict for a reader of other content.
+        """
+        holding = self._node.holding
+        if holding is None or holding.content_digest != content:
+            raise Conflict("this node has other weights than the ones doubted: what was read there is gone")
+        rows = [holding.manifest.index(*key) for key in experts]
+        holding.proofs.doubt(rows)
+        first = experts[0]
+        _log.warning("%d blocks arrived wrong somewhere, first %s: proving them next", len(experts), first)
 
     def prove(self, holding: Holding, row: int) -> bool:
         """Take a published block's checksum; whether it is the one on record. A block that is not is hidden."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from app.errors import Conflict, LimitReached, NotFound, Unavailable
-from app.restores.lease import LEASE_S, Grants, boot_time
+from app.restores.lease import LEASE_S, MARGIN_S, Grants, boot_time
 from transfer.push.table import PushTable
 
 CONSUMERS_MAX = 128  # a node has some 8 GPUs, and a rank of each at a time
@@ -34,6 +34,8 @@ class Consumer:
     """Another one for each registration: it rises, also from one life of the node to the next."""
     table: PushTable
     manifest_digest: str
+    content_digest: str
+    """Of the weights that its slots hold: of no others a byte is written."""
     ttl_s: float
     expires_s: float
     registered_at: float = field(default_factory=time.time)
@@ -46,19 +48,32 @@ class Consumer:
 class ConsumerStore:
     """Every registration that has not expired. Thread-safe. `clock` counts seconds, from anywhere."""
 
-    def __init__(self, clock: Callable[[], float] = boot_time) -> None:
+    def __init__(self, clock: Callable[[], float] = boot_time, *, earlier_leases_s: float = LEASE_S + MARGIN_S) -> None:
+        """`earlier_leases_s` is for how long from now peers may write by leave of an earlier life of this node, which
+        may have ended a moment ago, and of which nothing is known any more."""
         self._clock = clock
+        self._earlier_until_s = clock() + earlier_leases_s
         self._epochs = itertools.count(time.time_ns())
         self._consumers: dict[str, Consumer] = {}
         self._changed = threading.Condition()
+        self._is_stopping = False
 
-    def put(self, consumer_id: str, table: PushTable, manifest_digest: str, ttl_s: float) -> tuple[Consumer, bool]:
+    def stop(self) -> None:
+        """Wait for no push any more: who waits is told that it may still be written to."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+
+    def put(
+        self, consumer_id: str, table: PushTable, manifest_digest: str, content_digest: str, ttl_s: float
+    ) -> tuple[Consumer, bool]:
         """Register it, in place of an earlier registration of that id; whether there was none.
 
         Raises LimitReached, or Unavailable while the earlier one is being written to.
         """
         epoch = next(self._epochs)
-        consumer = Consumer(consumer_id, epoch, table, manifest_digest, ttl_s, self._clock() + ttl_s)
+        expires_s = self._clock() + ttl_s
+        consumer = Consumer(consumer_id, epoch, table, manifest_digest, content_digest, ttl_s, expires_s)
         with self._changed:
             self._forget_expired()
             if is_new := consumer_id not in self._consumers:
@@ -158,15 +173,19 @@ class ConsumerStore:
 
     def _is_quiet(self, consumer: Consumer) -> bool:
         """Whether nobody writes to it any more."""
-        return not consumer.pushes and not consumer.grants.left_s(self._clock())
+        return not consumer.pushes and not self._leases_left_s(consumer)
+
+    def _leases_left_s(self, consumer: Consumer) -> float:
+        """Seconds until every lease to write to it has run out or was ended."""
+        now = self._clock()
+        return max(consumer.grants.left_s(now), self._earlier_until_s - now, 0.0)
 
     def _end(self, consumer: Consumer) -> None:
         """Let no push begin, and wait for those under way, and for leases to end or to run out."""
         consumer.is_over = True
         give_up_at = self._clock() + QUIET_WAIT_S
-        while not self._is_quiet(consumer) and (left_s := give_up_at - self._clock()) > 0:
-            leases_s = consumer.grants.left_s(self._clock())
-            self._changed.wait(min(left_s, leases_s or left_s))
+        while not self._is_quiet(consumer) and not self._is_stopping and (left_s := give_up_at - self._clock()) > 0:
+            self._changed.wait(min(left_s, self._leases_left_s(consumer) or left_s))
         if not self._is_quiet(consumer):
             raise Unavailable(
                 f"consumer {consumer.id!r} is still being written to: no new push begins; ask again before its memory "

@@ -28,7 +28,7 @@ from app.restores.lease import HeldLease
 from shm.block import ExpertKey
 from shm.errors import InvalidInput
 from shm.manifest import Manifest
-from transfer.checkpoint import Checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.client.http import NodeRefused, NodeUnreachable, quoted
 from transfer.destination import Destination
 from transfer.engine import TransferEngine, session_host
@@ -50,16 +50,21 @@ Hold = Callable[[], AbstractContextManager[None]]
 Mend = Callable[[Sequence[ExpertKey]], None]
 
 
-def build_table(node: Node, document: PushTableDocument) -> PushTable:
-    """Check a table that came over the network against this node's manifest.
+def build_table(node: Node, holding: Holding, document: PushTableDocument) -> PushTable:
+    """Check a table that came over the network against what this node holds.
 
-    Raises InvalidInput, BlockUnavailable, Conflict for a table of another checkpoint, Unavailable without a manifest.
+    Raises InvalidInput, BlockUnavailable, Conflict for a table of another checkpoint or of other weights.
     """
-    manifest = _held(node).manifest
+    manifest, content = holding.manifest, holding.content_digest
     if document.manifest_digest != manifest.digest:
         raise Conflict(
             f"the table is of manifest {document.manifest_digest[:12]}…, this node has {manifest.digest[:12]}…: "
             "make it from GET /v1/manifest"
+        )
+    if document.content_digest not in (None, content):
+        raise Conflict(
+            f"the slots hold content {document.content_digest[:12]}…, this node has {content[:12]}… of the same shape: "
+            "register with a node of those weights, or again once the engine has these"
         )
     peers, here = node.cluster.holdings().items(), _engine(node).session_id
     nodes = {peer.session_id: node_id for node_id, peer in peers} | {here: node.settings.node_id}
@@ -83,7 +88,8 @@ def is_loopback(session_id: str) -> bool:
         return session_host(session_id) == "localhost"
 
 
-def _held(node: Node) -> Holding:
+def held(node: Node) -> Holding:
+    """What the node has now. Raises Unavailable while that is nothing."""
     if node.holding is None:
         raise Unavailable("this node has no manifest yet", retry_after_s=1)
     return node.holding
@@ -109,8 +115,11 @@ class PushDesk:
         self._places = threading.BoundedSemaphore(PUSHES_MAX)
 
     def serve(self, request: PushRequest) -> PushDocument:
-        """Write the blocks that are published here and whole. Raises what `build_table` does, and LimitReached."""
-        table, holding = build_table(self._node, request), _held(self._node)
+        """Write the blocks that are published here and whole. Raises what `build_table` does, LimitReached, and
+        Unavailable where there are none yet.
+        """
+        holding = held(self._node)
+        table = build_table(self._node, holding, request)
         manifest = holding.manifest
         wanted = {manifest.index(b.layer, b.expert): bytes.fromhex(b.checksum) for b in request.blocks}
         if strangers := [row for row in wanted if row not in table]:
@@ -179,14 +188,16 @@ def _pushed(key: ExpertKey, said: str) -> PushedExpert:
 class Asking:
     """A way to have a peer's blocks at a consumer: the peer is asked, and writes them there itself."""
 
-    def __init__(self, url: str, push: ConsumerPush, manifest: Manifest) -> None:
+    def __init__(self, url: str, push: ConsumerPush, holding: Holding) -> None:
         self._url = f"{url}/v1/pushes"
         self._push = push
-        self._manifest = manifest
+        self._manifest = holding.manifest
+        self._content = holding.content_digest
 
     def move(self, consumer: ConsumerDestination, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
         body = consumer.writer.table.part([want.row for want in batch.wants]) | {
             "manifest_digest": self._manifest.digest,
+            "content_digest": self._content,
             "blocks": [
                 {**self._manifest.keys[want.row]._asdict(), "checksum": (want.checksum or b"").hex()}
                 for want in batch.wants
@@ -240,11 +251,21 @@ class ConsumerPush:
         """Manifest rows of those experts that the consumer has slots for; of all with None.
 
         Raises BlockUnavailable for an expert that the model lacks, NothingToRestore if none has a slot, Conflict if
-        the node's manifest has changed since the consumer was registered.
+        the node has other weights than the consumer was registered for.
         """
-        manifest, table = _held(self.node).manifest, self.consumer.table
-        if manifest.digest != self.consumer.manifest_digest:
-            raise Conflict(f"consumer {self.consumer.id!r} was registered for another checkpoint: register it again")
+        return self._rows_of(self._held(), experts)
+
+    def _held(self) -> Holding:
+        holding, consumer = held(self.node), self.consumer
+        if (holding.manifest.digest, holding.content_digest) != (consumer.manifest_digest, consumer.content_digest):
+            raise Conflict(
+                f"consumer {consumer.id!r} was registered for other weights than this node has now: register it again "
+                "once the engine has these"
+            )
+        return holding
+
+    def _rows_of(self, holding: Holding, experts: Iterable[ExpertKey] | None) -> list[int]:
+        manifest, table = holding.manifest, self.consumer.table
         if experts is None:
             return list(table.rows)
         rows = sorted({row for key in experts if (row := manifest.index(*key)) in table})
@@ -256,9 +277,8 @@ class ConsumerPush:
         self, experts: Iterable[ExpertKey] | None, kinds: Collection[SourceKind], progress: Progress
     ) -> Restore:
         """A restore of these experts into the consumer's slots, ready to run. Asks the peers what they have now."""
-        rows = self.rows_of(experts)
-        holding, engine = _held(self.node), self.node.writer
-        manifest = holding.manifest
+        holding, engine = self._held(), self.node.writer
+        rows, manifest = self._rows_of(holding, experts), holding.manifest
         if SourceKind.PEER in kinds:
             self.node.look()
         destination = self._destination = ConsumerDestination(
@@ -273,8 +293,8 @@ class ConsumerPush:
             rows,
             self.node.cluster,
             _own_memory(holding),
-            partial(self._reach, destination, manifest) if SourceKind.PEER in kinds else None,
-            None if pinned is None else _disk(pinned.checkpoint),
+            partial(self._reach, destination, holding) if SourceKind.PEER in kinds else None,
+            None if pinned is None else _disk(pinned),
         )
         return Restore(
             [Want(row, int(manifest.nbytes[row]), offered.expected.get(row)) for row in rows],
@@ -283,27 +303,28 @@ class ConsumerPush:
             destination,
             manifest.keys.__getitem__,
             progress,
+            settle=self.node.writer.fence,
             reasons=offered.reasons,
         )
 
-    def _reach(
-        self, destination: ConsumerDestination, manifest: Manifest, node_id: str, held: PeerBlocks
-    ) -> PeerMemory:
-        asking = Asking(self.node.cluster.url(node_id), self, manifest)
+    def _reach(self, destination: ConsumerDestination, holding: Holding, node_id: str, _: PeerBlocks) -> PeerMemory:
+        asking = Asking(self.node.cluster.url(node_id), self, holding)
         return PeerMemory(node_id, partial(asking.move, destination), lanes=PUSH_LANES, limits=PUSH_LIMITS)
 
     def run(self, restore: Restore) -> None:
         """Run a planned restore to its end, and note on the consumer whether it answered.
 
-        The registration is not taken back before writes that were given up on have ended, too.
+        It is not over, and the registration is not taken back, before writes that were given up on have ended, too.
         """
         with self.hold():
-            restore.run()
-            self.node.writer.fence()
+            try:
+                restore.run()
+            finally:
+                self.node.writer.fence()
         health = self._destination.health if self._destination is not None else None
         if health is not None and (health.answered or health.error):
             self.consumer.error = health.error
 
 
-def _disk(checkpoint: Checkpoint) -> Disk:
-    return Disk(DISK, lambda: checkpoint, lanes=PUSH_LANES, limits=PUSH_LIMITS)
+def _disk(pinned: PinnedCheckpoint) -> Disk:
+    return Disk(DISK, lambda: pinned, lanes=PUSH_LANES, limits=PUSH_LIMITS)

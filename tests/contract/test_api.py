@@ -51,6 +51,13 @@ def problem(answer: httpx.Response, status: int) -> Problem:
 # -- shapes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_probes_may_ask_for_the_head_only(trio: Trio, path: str) -> None:
+    answer = trio["a"].ask("HEAD", path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == trio["a"].ask("GET", path).headers["content-length"]
+
+
 @pytest.mark.parametrize(
     ("path", "model"),
     [
@@ -131,6 +138,7 @@ def test_every_node_lists_all_nodes(trio: Trio) -> None:
         assert {(node.state, node.node_state, node.conflict, node.error) for node in nodes} == {
             ("alive", "ready", None, None)
         }
+        assert all(node.blocks_unproved == 0 and node.proved_oldest is not None for node in nodes)
 
 
 def test_coverage_counts_the_replicas_of_every_layer(trio: Trio) -> None:

@@ -330,6 +330,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "schema negative": (_set("blocks", 0, "schema", to=-1), "not a manifest"),
     "range missing": (lambda d: d["blocks"][0]["ranges"].pop(), "do not add up"),
     "range too many": (lambda d: d["blocks"][0]["ranges"].append([0, 8]), "do not add up"),
+    "range too many at the end": (lambda d: d["blocks"][-1]["ranges"].append([0, 8]), "do not add up"),
     "range of one number": (_set("blocks", 0, "ranges", 0, to=[0]), "not a manifest"),
     "offset negative": (_set("blocks", 0, "ranges", 0, to=[0, -8]), "not a manifest"),
     "offset past the file": (_set("blocks", 0, "ranges", 0, to=[0, File.nbytes]), "past the end of its file"),

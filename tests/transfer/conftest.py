@@ -156,16 +156,15 @@ def _is_covered(node: Any, replicas: int) -> bool:
 def cluster(
     serve: Callable[..., Any], free_port: Callable[[], int], namespace: str, segment_path: Callable[..., Path]
 ) -> Callable[..., Cluster]:
-    """`cluster(model, checkpoint, count=3, replicas=2)` → nodes that are ready; killed and removed at the end."""
+    """`cluster(model, checkpoint, count=3, replicas=2, option=…)` → ready nodes; killed and removed at the end."""
 
-    def make(model: str, checkpoint: Path, count: int = 3, replicas: int = 2) -> Cluster:
+    def make(model: str, checkpoint: Path, count: int = 3, replicas: int = 2, **options: Any) -> Cluster:
         ports = {f"node-{number}": free_port() for number in range(count)}
         engines = {name: value for name, value in os.environ.items() if name.startswith("MC_")}
 
         def start(number: int) -> Any:
-            return serve(
-                f"node-{number}", ports, checkpoint=checkpoint, model=model, fill="disk", replicas=replicas, env=engines
-            )
+            options.update(checkpoint=checkpoint, model=model, fill="disk", replicas=replicas, env=engines)
+            return serve(f"node-{number}", ports, **options)
 
         return Cluster(start, count, replicas, lambda node: segment_path(namespace, node, model))
 

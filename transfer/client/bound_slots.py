@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shm.attachment import Attachment
@@ -41,26 +42,24 @@ def check_not_moved(slots: Slots) -> None:
             )
 
 
-class BoundSlots:
-    """A rank's slots for one manifest. Raises SlotMismatch where they do not fit, before a byte moves."""
+class BoundTable:
+    """The slots of a table, with the memory that they lie in and a ring beside it."""
 
-    def __init__(self, slots: Slots, manifest: Manifest) -> None:
-        self.slots = slots.keyed_by(manifest)
-        self.manifest = manifest
-        self.table = SlotTable(self.slots.plan(manifest), manifest)
-        self.device = device_of(slots)
-        nbytes = manifest.nbytes[self.table.rows]
-        sizes = int(nbytes.max(initial=1)), int(nbytes.sum())  # a rank may hold no expert at all
+    def __init__(self, table: SlotTable, device: str, staging: Staging | None = None) -> None:
+        """`staging` is the ring, where there is one already. Raises EngineError for a device that cannot be used."""
+        self.manifest = table.manifest
+        self.table = table
+        self.device = device
         self.memory: SlotMemory
         self._on_gpu: DeviceSlots | None = None
-        if self.device == CPU:
-            self.staging = Staging(*sizes)
-            self.memory = HostSlots(self.table)
+        if device == CPU:
+            self.staging = staging or ring(table.manifest, table.rows)
+            self.memory = HostSlots(table)
         else:
             from transfer.cuda.driver import Cuda
 
-            cuda = Cuda(self.device)
-            self.staging = Staging(*sizes, cuda.allocate)
+            cuda = Cuda(device)
+            self.staging = staging or ring(table.manifest, table.rows, device)
             with cuda.current():
                 self.memory = self._on_gpu = self._on_device(cuda)
 
@@ -86,3 +85,22 @@ class BoundSlots:
     def close(self, *, is_engine_gone: bool) -> None:
         """Give the ring back."""
         self.staging.close(is_engine_gone=is_engine_gone)
+
+
+class BoundSlots(BoundTable):
+    """A rank's slots for one manifest. Raises SlotMismatch where they do not fit, before a byte moves."""
+
+    def __init__(self, slots: Slots, manifest: Manifest) -> None:
+        self.slots = slots.keyed_by(manifest)
+        super().__init__(SlotTable(self.slots.plan(manifest), manifest), device_of(slots))
+
+
+def ring(manifest: Manifest, rows: Sequence[int], device: str = CPU) -> Staging:
+    """Host buffers for these blocks on their way; page-locked for a GPU. Raises EngineError where there is none."""
+    nbytes = manifest.nbytes[list(rows)]
+    sizes = int(nbytes.max(initial=1)), int(nbytes.sum())  # a rank may hold no expert at all
+    if device == CPU:
+        return Staging(*sizes)
+    from transfer.cuda.driver import Cuda
+
+    return Staging(*sizes, Cuda(device).allocate)

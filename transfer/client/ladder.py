@@ -10,8 +10,8 @@ from typing import Any
 
 from shm.attachment import Attachment
 from shm.block import HeldBlock
-from transfer.checkpoint import Checkpoint
-from transfer.client.bound_slots import CPU, BoundSlots
+from transfer.checkpoint.content import PinnedCheckpoint
+from transfer.client.bound_slots import CPU, BoundTable
 from transfer.client.report import Tally
 from transfer.engine import TransferEngine
 from transfer.offers import Holder, offers
@@ -37,13 +37,16 @@ PEER_BATCH_NBYTES = 96 << 20
 class Ladder:
     """One restore's way up. `missing` is what is still to bring: manifest row → what each source said."""
 
-    def __init__(self, bound: BoundSlots, rows: Iterable[int], tally: Tally) -> None:
+    def __init__(self, bound: BoundTable, rows: Iterable[int], tally: Tally) -> None:
         self._bound = bound
         self._tally = tally
         self._expected: dict[int, bytes] = {}
         self.tried: set[tuple[int, str]] = set()
         """(row, session) of the peers that were read from."""
         self.missing: dict[int, list[str]] = {row: [] for row in rows}
+        self.wrong: dict[str | None, list[int]] = {}
+        """Node id, or None for this host's memory → the rows that were read wrong there."""
+        self._node_of: dict[Source, str | None] = {}
 
     def climb_local(self, attachment: Attachment, held: Mapping[int, HeldBlock]) -> None:
         """Take what an attached segment has."""
@@ -55,6 +58,7 @@ class Ladder:
         total, lanes = int(bound.manifest.nbytes[rows].sum()), max(2, min(LOCAL_LANES_MAX, bound.memory.lanes))
         limits = Limits(nbytes=bound.staging.capacity) if stages_host else local_limits(total, lanes)
         source = HostMemory(LOCAL, attachment, lanes=lanes, limits=limits)
+        self._node_of[source] = None
         self._expected.update((row, held[row].checksum) for row in rows)
         self._run([Holder(source, held)], [[source]], rows, self._destination(stages_host=stages_host))
 
@@ -62,7 +66,7 @@ class Ladder:
         self,
         found: Mapping[int, Mapped],
         engine: TransferEngine | None,
-        checkpoint: Callable[[], Checkpoint] | None,
+        checkpoint: Callable[[], PinnedCheckpoint] | None,
         *,
         is_straight: bool,
         fence: Callable[[], None] | None = None,
@@ -96,10 +100,12 @@ class Ladder:
                     session = replica.node_id, replica.session_id
                     has.setdefault(session, {})[row] = replica.address, found[row].checksum
         limits = Limits(nbytes=min(self._bound.staging.capacity, PEER_BATCH_NBYTES))
-        return {
-            PeerMemory(f"{node} ({session})", reading(engine, session), limits=limits): blocks
-            for (node, session), blocks in has.items()
-        }
+        peers: dict[PeerMemory, Mapping[int, tuple[int, bytes]]] = {}
+        for (node, session_id), blocks in has.items():
+            source = PeerMemory(f"{node} ({session_id})", reading(engine, session_id), limits=limits)
+            self._node_of[source] = node
+            peers[source] = blocks
+        return peers
 
     def _destination(self, **options: Any) -> SlotDestination:
         bound = self._bound
@@ -129,6 +135,9 @@ class Ladder:
                 self.missing[row].append(f"{type(error).__name__}: {error}")
             return
         self._tally.end_pass(report)
+        for source, wrong in restore.wrong.items():
+            if source in self._node_of:
+                self.wrong.setdefault(self._node_of[source], []).extend(wrong)
         failed = {manifest.index(*block.key): block.reason for block in report.failed}
         for row in rows:
             if row in failed:

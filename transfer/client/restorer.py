@@ -63,7 +63,8 @@ class Restorer:
         straight: bool | None = None,
     ) -> None:
         """`url` is this host's node, which need not be up yet: it says what `model`, `namespace` and `node` are; give
-        them where restores must work before it was ever seen alive. `checkpoint` is the directory of last resort.
+        them where restores must work before it was ever seen alive. `token` is what the nodes want to be shown: that of
+        HOTSPARE_TOKEN by default. `checkpoint` is the directory of last resort.
 
         `engine` is a transfer engine that this process has already: Mooncake's, or ours; without one a MooncakeEngine
         is started at the first `bind`, reachable at `engine_host`, over `transport`. `straight` is whether peers' bytes
@@ -193,7 +194,9 @@ class Restorer:
                 raise RestoreError(f"the model's manifest could not be had: {'; '.join(tally.notes)}")
             inbox = self._lease.another()
             inbox.register([(r.address, r.nbytes) for r in self._slots.ranges])
-            document = consumer_document(self._slots, bound.manifest, inbox.session_id, ttl_s)
+            document = consumer_document(
+                self._slots, bound.manifest, inbox.session_id, ttl_s, self._around.content.digest
+            )
             self._registration = Registration(self._control, consumer_id, document)
             self._inbox = inbox
 
@@ -261,6 +264,7 @@ class Restorer:
         barred = self._barred(bound, rows, tally)
         ladder = Ladder(bound, [row for row in rows if row not in barred], tally)
         tally.attempt(self._climb, ladder, bound, tally)
+        self._tell_who_was_wrong(ladder, bound)
         ladder.missing.update(barred)
         missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
         return tally.finish(_failures(slots, missing))
@@ -291,6 +295,12 @@ class Restorer:
             engine, fence = self._lease.engine, self._lease.fence
             if not ladder.climb(found, engine, checkpoint, is_straight=is_straight, fence=fence):
                 break
+
+    def _tell_who_was_wrong(self, ladder: Ladder, bound: BoundSlots) -> None:
+        content = self._around.content.digest
+        for node, rows in ladder.wrong.items():
+            if content is not None:
+                self._control.doubt(node, content, [bound.manifest.keys[row] for row in rows])
 
     # -- what speaks for the slots ---------------------------------------------------------------------------
 

@@ -47,21 +47,16 @@ class Surroundings:
         """Learn from this host's node what it is, and which others there are; the address that it is reached at."""
         url = self._control.urls[0]
         try:
-            document = self._control.node(url)
+            said = self._control.node(url)
             self._control.learn(url)
-            host = session_host(document["session_id"] or "")
-            if self._model in (None, document["model"]):
-                self._model, self._namespace, self.node = (
-                    str(document[name]) for name in ("model", "namespace", "node_id")
-                )
-            else:
-                tally.note(f"{url} serves {document['model']}, not {self._model}")
-            return host
-        except (HotspareError, KeyError) as error:
-            tally.note(
-                str(error) if isinstance(error, HotspareError) else f"{url} does not answer like a Hotspare node"
-            )
-        return None
+        except HotspareError as error:
+            tally.note(str(error))
+            return None
+        if self._model in (None, said.model):
+            self._model, self._namespace, self.node = said.model, said.namespace, said.node_id
+        else:
+            tally.note(f"{url} serves {said.model}, not {self._model}")
+        return session_host(said.session_id)
 
     def attach(self, wanted: Manifest | None, tally: Tally) -> Attachment | None:
         """This host's segment, as current as can be; of another manifest than is wanted, or other content, none."""

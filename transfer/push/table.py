@@ -162,10 +162,14 @@ class PushTable:
         }
 
 
-def consumer_document(slots: Slots, manifest: Manifest, session_id: str, ttl_s: float) -> dict[str, Any]:
+def consumer_document(
+    slots: Slots, manifest: Manifest, session_id: str, ttl_s: float, content_digest: str | None = None
+) -> dict[str, Any]:
     """What an engine sends as `PUT /v1/consumers/{id}`, after it registered `slots.ranges` with its own engine.
 
-    `session_id` is that engine's. Raises SlotMismatch where the slots do not take plain copies of the blocks.
+    `session_id` is that engine's. `content_digest` is of the weights that the slots hold, as `GET /v1/node` tells it:
+    of no others a byte is written; with None those count that the node has when it takes the registration. Raises
+    SlotMismatch where the slots do not take plain copies of the blocks.
     """
     plan = slots.plan(manifest)
     keys = plan.keys
@@ -182,6 +186,7 @@ def consumer_document(slots: Slots, manifest: Manifest, session_id: str, ttl_s: 
     return {
         "session_id": session_id,
         "manifest_digest": manifest.digest,
+        "content_digest": content_digest,
         "ranges": [[r.address, r.nbytes] for r in slots.ranges],
         "forms": [[FormCopy(*copy)._asdict() for copy in form] for form in forms],
         "slots": made,

@@ -31,6 +31,17 @@ FAILED_SHOWN_MAX = 10  # in the log, of one restore
 
 Key = tuple[int, int]
 
+
+class SharedWeights(HotspareError):
+    """The engine's slots are not its own."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "SGLang's weight cache is on (--weight-cache-mode): its daemon owns the slots, and others read them. "
+            "Restart SGLang with --weight-cache-mode off to have lost experts come from memory"
+        )
+
+
 _log = logging.getLogger("hotspare.sglang")
 
 
@@ -55,9 +66,10 @@ class HotspareBackupClient:
         self._preparing: threading.Thread | None = None
         try:
             self._engine: Engine | None = engine or SGLangEngine(*arguments, **keywords)
+            if self._engine.has_shared_weights:
+                raise SharedWeights
             self._restorer = restorer or Restorer(
                 os.environ.get("HOTSPARE_URL") or DEFAULT_URL,
-                token=os.environ.get("HOTSPARE_TOKEN") or None,
                 transport=os.environ.get("HOTSPARE_TRANSPORT") or "tcp",
                 checkpoint=self._engine.checkpoint(),
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from transfer.errors import RestoreError
 
 EXPERT_LOCATION = "sglang.srt.eplb.expert_location"
 RUNTIME_CONTEXT = "sglang.srt.runtime_context"  # from 0.5.18 on
+NO_WEIGHT_CACHE = "off"  # of --weight-cache-mode, 0.5.23
 
 NameFilter = Callable[[str], bool]
 """Whether a tensor of this checkpoint name is wanted."""
@@ -37,6 +39,11 @@ class Engine(Protocol):
     @property
     def physical_count(self) -> int:
         """Physical experts of a layer, over all ranks."""
+        ...
+
+    @property
+    def has_shared_weights(self) -> bool:
+        """Whether its parameters lie in memory of another process, which others read too: they are not ours to fill."""
         ...
 
     def parameters(self) -> Mapping[str, Any]:
@@ -96,6 +103,14 @@ class SGLangEngine:
     @property
     def physical_count(self) -> int:
         return int(self._placement().num_physical_experts)
+
+    @property
+    def has_shared_weights(self) -> bool:
+        source = self._server_args
+        if source is None:
+            with suppress(ImportError):  # releases without it have no weight cache either
+                source = importlib.import_module(RUNTIME_CONTEXT).get_model()
+        return getattr(source, "weight_cache_mode", NO_WEIGHT_CACHE) not in (NO_WEIGHT_CACHE, None)
 
     def parameters(self) -> Mapping[str, Any]:
         return dict(self._get_model().named_parameters())

@@ -27,7 +27,7 @@ from app.documents import (
     ShardMap,
 )
 from app.errors import Unavailable
-from app.node.holding import Holding
+from app.node.holding import Holding, proofs_of
 from app.node.node import NodeState
 
 router = APIRouter(prefix="/v1", tags=["cluster"])
@@ -100,6 +100,8 @@ def _peer_document(peer: Peer, last_seen: datetime | None) -> PeerDocument:
         state=peer.state,
         last_seen=last_seen,
         node_state=_node_state(peer.report.state if peer.report else None),
+        blocks_unproved=peer.report.blocks_unproved if peer.report else None,
+        proved_oldest=peer.report.proved_oldest if peer.report else None,
         conflict=peer.conflict,
         warning=peer.warning,
         error=peer.error,
@@ -108,6 +110,7 @@ def _peer_document(peer: Peer, last_seen: datetime | None) -> PeerDocument:
 
 @router.get("/nodes", summary="The nodes, as this one sees them", responses=problem_responses(401))
 def get_nodes(context: CurrentContext, request: Request) -> Nodes:
+    unproved, oldest = proofs_of(context.node.holding)
     own = PeerDocument(
         node_id=context.node.settings.node_id,
         url=str(request.base_url).rstrip("/"),
@@ -115,6 +118,8 @@ def get_nodes(context: CurrentContext, request: Request) -> Nodes:
         last_seen=datetime.now(UTC),
         self=True,
         node_state=context.node.state,
+        blocks_unproved=unproved,
+        proved_oldest=oldest,
     )
     cluster = context.cluster
     documents = [_peer_document(peer, cluster.last_seen(peer.node_id)) for peer in cluster.peers()]

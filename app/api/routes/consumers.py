@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
+from app.api.bodies import BodyRoute
 from app.api.context import Context
 from app.api.current import CurrentContext
 from app.api.problems import problem_responses
@@ -20,9 +21,9 @@ from app.documents import (
     PushRequest,
 )
 from app.restores.consumers import Consumer
-from app.restores.pushes import build_table
+from app.restores.pushes import build_table, held
 
-router = APIRouter(prefix="/v1", tags=["consumers"])
+router = APIRouter(prefix="/v1", tags=["consumers"], route_class=BodyRoute)
 
 ConsumerId = Annotated[str, Path(min_length=1, max_length=200, pattern=r"^[!-~]+$")]
 
@@ -34,6 +35,7 @@ def _document(context: Context, consumer: Consumer) -> ConsumerDocument:
         node_id=context.node.settings.node_id,
         session_id=table.session_id,
         manifest_digest=consumer.manifest_digest,
+        content_digest=consumer.content_digest,
         epoch=consumer.epoch,
         blocks=len(table.rows),
         slots=table.slot_count,
@@ -56,8 +58,10 @@ def put_consumer(
 ) -> ConsumerDocument:
     """From then on `POST /v1/restores` on this node, with it as the target, has its slots written with no code of the
     engine running. Takes the place of an earlier registration of that id, once pushes to it have ended."""
-    table = build_table(context.node, request)
-    consumer, is_new = context.consumers.put(consumer_id, table, request.manifest_digest, request.ttl_s)
+    holding = held(context.node)
+    table = build_table(context.node, holding, request)
+    manifest, content = holding.manifest.digest, holding.content_digest
+    consumer, is_new = context.consumers.put(consumer_id, table, manifest, content, request.ttl_s)
     if is_new:
         response.status_code = 201
     return _document(context, consumer)

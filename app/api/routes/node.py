@@ -10,9 +10,11 @@ from app.api.caching import etag, not_modified
 from app.api.context import Context
 from app.api.current import CurrentContext
 from app.api.problems import problem_responses
-from app.documents import ManifestDocument, NodeDocument
+from app.documents import DoubtRequest, ManifestDocument, NodeDocument
 from app.errors import Unavailable
+from app.node.holding import proofs_of
 from app.version import VERSION
+from shm.block import ExpertKey
 
 router = APIRouter(prefix="/v1", tags=["node"])
 
@@ -20,6 +22,7 @@ router = APIRouter(prefix="/v1", tags=["node"])
 def node_document(context: Context) -> NodeDocument:
     node, holding = context.node, context.node.holding
     published = holding.published() if holding else np.zeros(0, dtype=np.int64)
+    unproved, oldest = proofs_of(holding)
     return NodeDocument(
         node_id=node.settings.node_id,
         model=node.name.model,
@@ -31,8 +34,8 @@ def node_document(context: Context) -> NodeDocument:
         segment=node.name.object_name,
         bytes=int(holding.manifest.nbytes[published].sum()) if holding else 0,
         blocks=len(published),
-        blocks_unproved=holding.proofs.unproved(published) if holding else 0,
-        proved_oldest=holding.proofs.oldest(published) if holding else None,
+        blocks_unproved=unproved,
+        proved_oldest=oldest,
         version=VERSION,
         revision=holding.revision if holding else "",
         shortage=node.shortage,
@@ -45,6 +48,18 @@ def node_document(context: Context) -> NodeDocument:
 @router.get("/node", summary="This node", responses=problem_responses(401))
 def get_node(context: CurrentContext) -> NodeDocument:
     return node_document(context)
+
+
+@router.post(
+    "/doubts",
+    status_code=204,
+    summary="Have blocks proved next that arrived wrong",
+    responses=problem_responses(401, 404, 409, 413, 422, 503),
+)
+def doubt_blocks(context: CurrentContext, request: DoubtRequest) -> None:
+    """Nodes and engines send it that read a block here and found another checksum. If the block is wrong in this node's
+    memory it is hidden, and brought back from where it is right."""
+    context.scrubber.doubt(request.content_digest, [ExpertKey(each.layer, each.expert) for each in request.blocks])
 
 
 @router.get(

@@ -19,7 +19,8 @@ def demo(
 ) -> None:
     """Three nodes on this machine, a kill, a restore from memory, everything verified, timings against disk.
 
-    Needs about twice the size in /dev/shm, and the size on disk, in TMPDIR. Leaves nothing behind.
+    Needs a quarter more than the size in /dev/shm, and the size on disk, in TMPDIR; where there is less, it takes a
+    smaller checkpoint and says so. Leaves nothing behind.
     """
     from app.demo.story import run
 

@@ -25,7 +25,7 @@ Node = Annotated[str | None, typer.Option(metavar="ID", help="Only this node's s
 
 def ls(namespace: Namespace = None, json: Json = False) -> None:
     """List the segments in /dev/shm: size, state, owner, and who is attached."""
-    from app.terminal.console import stdout, table, write_json
+    from app.terminal.console import Listing, stdout, write_json
     from shm.inventory import list_segments
 
     found = [info for info in list_segments() if _matches(info, None, namespace, None)]
@@ -33,7 +33,7 @@ def ls(namespace: Namespace = None, json: Json = False) -> None:
         write_json({"segments": [_document(info) for info in found]})
     elif found:
         columns = ("model", "node", "namespace", "size>", "state", "digest", "owner", "attached", "object")
-        stdout().print(table(None, columns, map(_row, found)))
+        stdout().print(Listing(None, columns, map(_row, found)))
         for info in found:
             if info.error:
                 typer.echo(f"hotspare: {info.object_name}: {info.error}", err=True)

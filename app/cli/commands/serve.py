@@ -80,7 +80,7 @@ def serve(
     Every option can also be set as HOTSPARE_<OPTION> (peers: HOTSPARE_PEERS="b=http://…,c=http://…") and in the file
     that --config names. The command line wins over the environment, the environment over the file.
     """
-    from app.cli import daemon
+    from app.cli import daemon, failure
     from app.settings import load_settings
 
     options = {
@@ -90,5 +90,8 @@ def serve(
     }  # fmt: skip
     settings = load_settings(config, options)
     settings.require_model()
-    daemon.run(settings, log_level)
+    try:
+        daemon.run(settings, log_level)
+    except Exception as error:  # left while it is held, and with it the engine, which would take a second to end
+        daemon.leave(failure.tell(error))
     daemon.leave()

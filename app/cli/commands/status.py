@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from app.cli.commands.connection import COMMAND_TIMEOUT_S, DEFAULT_URL, Json, Token, Url, client
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from app.cluster.peers import PeerClient
+    from app.terminal.console import Listing
 
 RESTORES_SHOWN = 10
 LOST_SHOWN = 8
@@ -57,24 +56,24 @@ def _get(asking: PeerClient, url: str, path: str) -> dict[str, Any] | None:
         return dict(error.problem) if "ready" in error.problem else None
 
 
-def _tables(document: Mapping[str, Any]) -> Iterator[Table]:
-    from app.terminal.console import table
+def _tables(document: Mapping[str, Any]) -> Iterator[Listing]:
+    from app.terminal.console import Listing
 
-    yield table("Node", ("", ""), _node_rows(document))
+    yield Listing("Node", ("", ""), _node_rows(document))
     rows = (
         (n["node_id"] + (" (this one)" if n["self"] else ""), n["url"], n["state"], n["node_state"] or "-",
          n["conflict"] or n["error"] or "")
         for n in document["nodes"]
     )  # fmt: skip
-    yield table("Nodes", ("node", "url", "seen as", "says it is", ""), rows)
+    yield Listing("Nodes", ("node", "url", "seen as", "says it is", "~"), rows)
     if document["coverage"] is not None:
-        yield table("Coverage", ("", ""), _coverage_rows(document["coverage"]))
+        yield Listing("Coverage", ("", ""), _coverage_rows(document["coverage"]))
     if document["restores"]:
-        columns = ("restore", "into", "state", "blocks>", "bytes>", "local>", "peer>", "disk>", "took>", "")
-        yield table("Restores", columns, map(_restore_row, document["restores"][:RESTORES_SHOWN]))
+        columns = ("restore", "into", "state", "blocks>", "bytes>", "local>", "peer>", "disk>", "took>", "~")
+        yield Listing("Restores", columns, map(_restore_row, document["restores"][:RESTORES_SHOWN]))
     if document["consumers"]:
-        titles = ("consumer", "transfers", "blocks in slots>", "bytes>", "expires in>", "")
-        yield table("Consumers", titles, map(_consumer_row, document["consumers"]))
+        titles = ("consumer", "transfers", "blocks in slots>", "bytes>", "expires in>", "~")
+        yield Listing("Consumers", titles, map(_consumer_row, document["consumers"]))
 
 
 def _consumer_row(consumer: Mapping[str, Any]) -> tuple[str, ...]:
@@ -103,11 +102,21 @@ def _node_rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{node['blocks']}, {size(node['bytes'])}"
         + (f"; {readiness['missing']} missing" if readiness and readiness["missing"] else ""),
     )
+    yield "proved", _proved(node)
     yield "segment", f"/dev/shm/{node['segment']}"
     if readiness and readiness["detail"]:
         yield "memory", readiness["detail"]
     yield "manifest", node["manifest_digest"] or "not known yet"
     yield "transfers", node["session_id"] or "no engine"
+
+
+def _proved(node: Mapping[str, Any]) -> str:
+    """How old the oldest proof of its blocks is."""
+    from app.terminal.units import ago
+
+    if node["blocks_unproved"]:
+        return f"{node['blocks_unproved']} blocks not yet since it started"
+    return f"all of them, the oldest {ago(node['proved_oldest'])}" if node["proved_oldest"] else "-"
 
 
 def _coverage_rows(coverage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

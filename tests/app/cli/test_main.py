@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from app.cli.main import main
+from tests.processes import ROOT
 
 Hotspare = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -94,3 +96,15 @@ def test_the_version_is_told(hotspare: Hotspare) -> None:
     from app.version import VERSION
 
     assert hotspare("--version").stdout == f"hotspare {VERSION}\n"
+
+
+def test_output_that_nobody_takes_is_a_failure_without_a_traceback() -> None:
+    for redirection, code in ((">/dev/full", 1), (">/dev/full 2>&1", 1), (">&-", 0), ("2>&-", 0)):
+        for arguments in ("ls", "--version"):
+            done = subprocess.run(
+                ["sh", "-c", f'"$@" {arguments} {redirection}', "sh", sys.executable, "-m", "app.cli"],
+                capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | {"PYTHONUNBUFFERED": ""},
+            )  # fmt: skip
+            assert done.returncode == code, (redirection, arguments, done.stderr)
+            assert "Traceback" not in done.stderr
+            assert "Exception ignored" not in done.stderr

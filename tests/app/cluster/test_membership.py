@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -326,6 +327,8 @@ def test_placement_is_not_warned_of_before_it_is_known_or_beside_a_conflict(
 
 def test_a_report_is_read_from_the_nodes_document() -> None:
     assert NodeReport.from_json({**asdict(THEIRS), "version": "9.9", "bytes": 3333}) == THEIRS
+    proved = NodeReport.from_json({**asdict(THEIRS), "blocks_unproved": 3, "proved_oldest": "2033-03-03T03:03:03Z"})
+    assert (proved.blocks_unproved, proved.proved_oldest) == (3, datetime(2033, 3, 3, 3, 3, 3, tzinfo=UTC))
 
 
 def test_a_report_of_a_node_that_is_starting_has_no_manifest_yet() -> None:
@@ -346,6 +349,10 @@ def test_a_report_of_a_node_that_is_starting_has_no_manifest_yet() -> None:
         {"replicas": "2"},
         {"replicas": True},
         {"placement_digest": b"p"},
+        {"blocks_unproved": 3.3},
+        {"proved_oldest": "yesterday"},
+        {"proved_oldest": "2033-03-03T03:03:03"},
+        {"proved_oldest": 3333},
     ],
 )
 def test_a_malformed_report_is_refused_by_the_name_of_its_field(damage: dict[str, Any]) -> None:

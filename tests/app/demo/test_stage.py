@@ -28,6 +28,17 @@ def test_each_step_is_a_line_as_it_ends(stage: Stage, written: io.StringIO) -> N
     assert written.getvalue().strip() == "0.33 s  node-b killed: 3.33 MB lost [sic]"
 
 
+def test_a_step_goes_on_below_its_beginning_where_the_terminal_is_narrow(
+    stage: Stage, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage.console, "width", 36)
+    with stage.act("node-b killed (SIGKILL)") as act:
+        act.note, act.seconds = "3.33 MB", 0.333
+    first, second = written.getvalue().splitlines()
+    assert len(first) <= 36
+    assert (first.split()[0], first.index("node-b")) == ("0.33", len(second) - len(second.lstrip()))
+
+
 def test_a_step_that_fails_is_no_act(stage: Stage, written: io.StringIO) -> None:
     with pytest.raises(ZeroDivisionError), stage.act("node-b killed"):
         raise ZeroDivisionError
@@ -53,7 +64,7 @@ def test_the_table_has_what_brought_blocks(stage: Stage, written: io.StringIO) -
     with stage.act("three nodes filled") as act:
         act.blocks, act.bytes_by_source, act.seconds, act.verified = 39, {"disk": 1_500_000_000}, 3.0, "234 identical"
     written.truncate(0)
-    stage.show_table("Three nodes")
-    (row,) = [line.split() for line in written.getvalue().splitlines() if "39" in line]
-    assert row == ["three", "nodes", "filled", "39", "-", "-", "1.50", "GB", "3.00", "s", "0.50", "234", "identical"]
+    stage.show_table("The nodes")
+    (row,) = [line.split() for line in written.getvalue().splitlines() if "three" in line]
+    assert row == ["three", "nodes", "filled", "-", "-", "1.50", "GB", "3.00", "s", "0.50", "234", "identical"]
     assert "a checkpoint written" not in written.getvalue()

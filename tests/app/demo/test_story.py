@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from app.demo.story import checkpoint_shape
+from app.demo.story import checkpoint_shape, fitted_shape, shm_nbytes
+from shm.errors import SharedMemoryFull
 from shm.lookup import object_names
 from tests.processes import ROOT, wait_until
 from transfer.checkpoint.synth import plan_checkpoint
@@ -25,7 +26,7 @@ TINY = "0.02"
 class Demo:
     """A `hotspare demo` process with a temporary directory of its own."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(self, directory: Path, *options: str, prefix: Sequence[str] = ()) -> None:
         self.temporary = directory / "tmp"
         self.temporary.mkdir()
         self.out, self.err = directory / "out", directory / "err"
@@ -34,7 +35,7 @@ class Demo:
         hostile = {"HOTSPARE_TOKEN": "t0ken", "HOTSPARE_PEERS": "x=http://127.0.0.1:1", "HOTSPARE_FILL": "peer"}
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "app.cli", "demo", "--size-gib", TINY, *options],
+                [*prefix, sys.executable, "-m", "app.cli", "demo", "--size-gib", TINY, *options],
                 stdout=out, stderr=err, cwd="/",
                 env=kept | hostile | {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)},
             )  # fmt: skip
@@ -72,8 +73,8 @@ class Demo:
 def demo(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
     started: list[Demo] = []
 
-    def start(*options: str) -> Demo:
-        started.append(Demo(tmp_path, *options))
+    def start(*options: str, prefix: Sequence[str] = ()) -> Demo:
+        started.append(Demo(tmp_path, *options, prefix=prefix))
         return started[-1]
 
     yield start
@@ -167,3 +168,30 @@ def test_the_checkpoint_has_about_the_size_asked_for(gib: float) -> None:
     assert 0.75 < plan.nbytes / (gib * 2**30) < 1.5
     assert len(plan.files) >= 4
     assert any(".shared_experts." in tensor.name for file in plan.files for tensor in file.tensors)
+
+
+@pytest.mark.parametrize("shm_free", [33_333_333, 111_111_111, 1 << 31])
+@pytest.mark.parametrize("disk_free", [22_222_222, 333_333_333, 1 << 40])
+def test_the_checkpoint_fits_into_what_is_free(shm_free: int, disk_free: int) -> None:
+    plan = plan_checkpoint("deepseek-v3", **fitted_shape(1 << 30, shm_free, disk_free))
+    assert shm_nbytes(plan) < shm_free
+    assert plan.nbytes < disk_free
+    grown = checkpoint_shape(int(1.5 * plan.nbytes))
+    room = plan_checkpoint("deepseek-v3", **grown)
+    assert plan.nbytes > 0.7 * (1 << 30) or shm_nbytes(room) > 0.9 * shm_free or room.nbytes > 0.9 * disk_free
+
+
+def test_no_room_for_the_smallest_one_is_said() -> None:
+    with pytest.raises(SharedMemoryFull):
+        fitted_shape(1 << 30, 3_333_333, 1 << 40)
+
+
+def test_with_little_shared_memory_it_takes_a_smaller_checkpoint_and_says_so(demo: Callable[..., Demo]) -> None:
+    in_little = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=30m tmpfs /dev/shm && exec "$@"', "sh"]
+    if subprocess.run([*in_little, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a small /dev/shm needs a mount namespace, and so root")
+    ran = demo("--size-gib", "0.05", prefix=in_little)
+    assert ran.wait() == 0, ran.err.read_text()
+    shown = ran.out.read_text()
+    assert "31.46 MB free in /dev/shm" in shown
+    assert "every byte was identical" in shown

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from app.cluster.placement import Placement
+from app.errors import Conflict
 from app.node.holding import Holding
 from app.node.proofs import Proofs
 from app.node.scrubber import FIRST_RATE, IDLE_S, RATE_MIN, TURN_S_MIN, WITHIN_S, Scrubber
@@ -42,11 +43,24 @@ def mended() -> Mended:
     return Mended()
 
 
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1003.5
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 @pytest.fixture
-def scrubber(holding: Holding, mended: Mended) -> Scrubber:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def scrubber(holding: Holding, mended: Mended, clock: Clock) -> Scrubber:
     """Of a node that only holds; turns are taken by hand."""
     node: Any = SimpleNamespace(holding=holding, is_restoring=False, settings=SimpleNamespace(scrub_rate=None))
-    return Scrubber(node, mended)
+    return Scrubber(node, mended, clock)
 
 
 def flip(segment: Segment, row: int) -> None:
@@ -55,19 +69,22 @@ def flip(segment: Segment, row: int) -> None:
     block[block.nbytes // 3] ^= 8
 
 
-def test_everything_is_proved_in_turn(scrubber: Scrubber, holding: Holding, mended: Mended) -> None:
+def prove_all(scrubber: Scrubber, holding: Holding, clock: Clock) -> None:
     while holding.proofs.unproved(holding.published()):
-        scrubber._turn()
+        clock.now_s += scrubber._turn()
+
+
+def test_everything_is_proved_in_turn(scrubber: Scrubber, holding: Holding, mended: Mended, clock: Clock) -> None:
+    prove_all(scrubber, holding, clock)
     assert (scrubber.rotten, mended) == (0, [])
     assert scrubber.proved >= len(holding.manifest)
 
 
 def test_a_flipped_bit_is_hidden_and_told(
-    scrubber: Scrubber, holding: Holding, mended: Mended, caplog: pytest.LogCaptureFixture
+    scrubber: Scrubber, holding: Holding, mended: Mended, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     flip(holding.segment, 7)
-    while holding.proofs.unproved(holding.published()):
-        scrubber._turn()
+    prove_all(scrubber, holding, clock)
     assert holding.missing().tolist() == [7]
     assert (scrubber.rotten, mended) == (1, [holding.manifest.keys[7]])
     assert "expert 2 of layer 1 does not match its checksum" in caplog.text
@@ -118,13 +135,35 @@ def test_a_large_segment_is_proved_within_a_day(
     assert scrubber.rate(holding) * WITHIN_S == pytest.approx(len(holding.manifest) << 36)
 
 
-def test_the_next_turn_comes_when_the_rate_allows_it(scrubber: Scrubber, holding: Holding) -> None:
+def test_the_next_block_is_proved_when_the_rate_allows_it(scrubber: Scrubber, holding: Holding, clock: Clock) -> None:
     scrubber._node.settings.scrub_rate = 333  # type: ignore[misc]
     for row in range(len(holding.manifest)):
         holding.proofs.note(row)
-    nbytes = int(holding.manifest.nbytes[0])
-    assert scrubber._turn() == pytest.approx(nbytes / 333)
-    assert nbytes / 333 > TURN_S_MIN
+    seconds = int(holding.manifest.nbytes[0]) / 333
+    for turn in range(1, 4):
+        assert TURN_S_MIN < scrubber._turn() <= IDLE_S, "it may be needed sooner"
+        assert scrubber.proved == turn
+        clock.now_s += seconds - 0.1
+        scrubber._turn()
+        assert scrubber.proved == turn
+        clock.now_s += 0.1
+
+
+def test_what_a_reader_doubts_is_proved_next(
+    scrubber: Scrubber, holding: Holding, clock: Clock, mended: Mended
+) -> None:
+    scrubber._node.settings.scrub_rate = 1  # type: ignore[misc]
+    prove_all(scrubber, holding, clock)
+    flip(holding.segment, 9)
+    key = holding.manifest.keys[9]
+    clock.now_s += scrubber._turn()
+    assert mended == [], "its turn would come in hours"
+    with pytest.raises(Conflict, match="other weights"):
+        scrubber.doubt("33" * 16, [key])
+    scrubber.doubt(holding.content_digest, [key])
+    clock.now_s += 0.1
+    scrubber._turn()
+    assert mended == [key]
 
 
 # -- in a daemon ---------------------------------------------------------------------------------------------------
@@ -148,6 +187,8 @@ def test_an_adopted_segment_is_unproved_until_it_was_read_once(
     document = again.ask("GET", "/v1/node").json()
     assert document["blocks"] == 39
     assert document["proved_oldest"] is not None
+    (listed,) = again.ask("GET", "/v1/nodes").json()["nodes"]
+    assert (listed["blocks_unproved"], listed["proved_oldest"] is not None) == (0, True)
     assert metric(again, 'hotspare_scrubbed_blocks_total{found="right"}') >= 39
     assert metric(again, "hotspare_blocks_unproved") == 0
 

@@ -317,6 +317,7 @@ def test_registrations_are_checked_renewed_listed_and_end(
     refused(422, "session", session_id=node.get("/v1/node")["session_id"])
     refused(422, "n1's own", session_id=nodes[1].get("/v1/node")["session_id"])
     refused(409, "manifest", manifest_digest="0" * 64)
+    refused(409, "content 000000000000…, this node has", content_digest="0" * 32)
     refused(422, "ttl_s", ttl_s=0.5)
     refused(422, "session_id", session_id="nowhere")
     assert node.get("/v1/consumers") == {"consumers": []}
@@ -325,9 +326,11 @@ def test_registrations_are_checked_renewed_listed_and_end(
     wait_until(lambda: node.ask("GET", "/v1/consumers/rank-0").status_code == 404, "expired")
     assert node.ask("POST", "/v1/restores", json={"target": {"consumer_id": "rank-0"}}).status_code == 404
 
-    assert put(node, document).status_code == 201
+    assert put(node, document).is_success  # its id may be kept for a while: peers might still write to it
     assert [c["id"] for c in node.get("/v1/consumers")["consumers"]] == ["rank-0"]
-    left = node.get("/v1/consumers/rank-0")["expires_in_s"]
+    said = node.get("/v1/consumers/rank-0")
+    assert said["content_digest"] == node.get("/v1/node")["content_digest"], "whoever names none means the node's"
+    left = said["expires_in_s"]
     assert node.ask("POST", "/v1/consumers/rank-0/renew").json()["expires_in_s"] > left
     assert node.ask("DELETE", "/v1/consumers/rank-0").status_code == 204
     assert node.ask("DELETE", "/v1/consumers/rank-0").status_code == 404
@@ -351,6 +354,7 @@ def test_pushes_between_nodes_write_only_what_the_table_allows(
     assert push([good | {"expert": 7, "checksum": checksums[3, 7]}]).status_code == 422  # no slot
     assert push([good | {"layer": 2}]).status_code == 404  # no such block
     assert push([good], ranges=[[1, 10]]).status_code == 422
+    assert push([good], content_digest="0" * 32).status_code == 409
     assert push([good], lease=lease | {"node_id": "nobody"}).status_code == 422
     assert push([good], lease=lease | {"epoch": epoch - 1}).status_code == 409
     assert push([good], lease=lease | {"consumer_id": "rank-1"}).status_code == 404
@@ -427,11 +431,11 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(clock: Clock) -> ConsumerStore:
-    return ConsumerStore(clock)
+    return ConsumerStore(clock, earlier_leases_s=0)
 
 
 def test_a_registration_ends_unless_it_is_renewed(store: ConsumerStore, clock: Clock, table: PushTable) -> None:
-    consumer, is_new = store.put("a", table, "d", 10)
+    consumer, is_new = store.put("a", table, "d", "c", 10)
     assert is_new
     clock.now_s += 9
     store.renew("a")
@@ -448,20 +452,20 @@ def test_the_number_of_consumers_has_a_limit_and_replacing_one_is_always_possibl
     store: ConsumerStore, clock: Clock, table: PushTable
 ) -> None:
     for number in range(CONSUMERS_MAX):
-        store.put(f"c{number}", table, "d", 10 + number)
+        store.put(f"c{number}", table, "d", "c", 10 + number)
     with pytest.raises(LimitReached):
-        store.put("one-more", table, "d", 10)
-    assert store.put("c0", table, "d", 10)[1] is False
+        store.put("one-more", table, "d", "c", 10)
+    assert store.put("c0", table, "d", "c", 10)[1] is False
     clock.now_s += 10
-    assert store.put("one-more", table, "d", 10)[1] is True
+    assert store.put("one-more", table, "d", "c", 10)[1] is True
 
 
 @pytest.mark.parametrize("ending", ["remove", "replace"])
 def test_ending_a_registration_waits_for_pushes_and_lets_none_begin(
     store: ConsumerStore, table: PushTable, ending: str, wait_until: Callable[..., Any]
 ) -> None:
-    consumer, _ = store.put("a", table, "d", 10)
-    end = {"remove": lambda: store.remove("a"), "replace": lambda: store.put("a", table, "d", 10)}[ending]
+    consumer, _ = store.put("a", table, "d", "c", 10)
+    end = {"remove": lambda: store.remove("a"), "replace": lambda: store.put("a", table, "d", "c", 10)}[ending]
     thread = threading.Thread(target=end)
     with store.hold(consumer):
         thread.start()
@@ -475,7 +479,7 @@ def test_ending_a_registration_waits_for_pushes_and_lets_none_begin(
 
 
 def test_an_expired_consumer_is_held_to_the_end_of_a_push(store: ConsumerStore, clock: Clock, table: PushTable) -> None:
-    consumer, _ = store.put("a", table, "d", 10)
+    consumer, _ = store.put("a", table, "d", "c", 10)
     with store.hold(consumer):
         clock.now_s += 11
         assert store.all() == [consumer]  # still written to: its id must wait

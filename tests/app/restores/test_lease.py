@@ -32,7 +32,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(clock: Clock) -> ConsumerStore:
-    return ConsumerStore(clock)
+    return ConsumerStore(clock, earlier_leases_s=0)
 
 
 @pytest.fixture
@@ -87,28 +87,28 @@ def test_a_lease_that_is_asked_for_again_is_longer_and_never_shorter() -> None:
 
 
 def test_only_the_registration_that_was_meant_gives_leases(store: ConsumerStore, table: PushTable) -> None:
-    first, _ = store.put("a", table, "d", 300)
+    first, _ = store.put("a", table, "d", "c", 300)
     assert store.lease("a", first.epoch, "push") == LEASE_S
     store.end_lease(first, "push")
-    second, _ = store.put("a", table, "d", 300)
+    second, _ = store.put("a", table, "d", "c", 300)
     assert second.epoch > first.epoch
     with pytest.raises(Conflict, match="registered anew"):
         store.lease("a", first.epoch, "push")
     store.remove("a")
     with pytest.raises(NotFound):
         store.lease("a", second.epoch, "push")
-    assert ConsumerStore().put("a", table, "d", 300)[0].epoch > second.epoch, "in the node's next life too"
+    assert ConsumerStore().put("a", table, "d", "c", 300)[0].epoch > second.epoch, "in the node's next life too"
 
 
 def test_no_lease_is_longer_than_the_registration(store: ConsumerStore, table: PushTable) -> None:
-    consumer, _ = store.put("a", table, "d", 2.5)
+    consumer, _ = store.put("a", table, "d", "c", 2.5)
     assert store.lease("a", consumer.epoch, "push") == 2.5
 
 
 def test_an_expired_registration_is_kept_until_its_leases_have_run_out(
     store: ConsumerStore, table: PushTable, clock: Clock
 ) -> None:
-    consumer, _ = store.put("a", table, "d", 1.0)
+    consumer, _ = store.put("a", table, "d", "c", 1.0)
     store.lease("a", consumer.epoch, "push")
     clock.now_s += 1.0
     assert store.all() == [consumer]
@@ -119,8 +119,8 @@ def test_an_expired_registration_is_kept_until_its_leases_have_run_out(
 @pytest.mark.parametrize("how", ["ended", "run out"])
 def test_taking_a_registration_back_waits_for_leases(table: PushTable, how: str) -> None:
     """A push whose answer never came may still be writing: it was forgotten when the answer was given up on."""
-    store = ConsumerStore()
-    consumer, _ = store.put("a", table, "d", 0.05 if how == "run out" else 300)
+    store = ConsumerStore(earlier_leases_s=0)
+    consumer, _ = store.put("a", table, "d", "c", 0.05 if how == "run out" else 300)
     store.lease("a", consumer.epoch, "push")
     left_s = consumer.grants.left_s(boot_time())
     removed = threading.Event()
@@ -145,3 +145,13 @@ def test_taking_a_registration_back_waits_for_leases(table: PushTable, how: str)
             assert boot_time() >= before + left_s - 0.1
     finally:
         thread.join(33)
+
+
+def test_taking_a_registration_back_waits_for_leases_that_an_earlier_life_of_the_node_gave(table: PushTable) -> None:
+    """It was killed with pushes of its peers under way, and the engine has registered with its successor."""
+    before = boot_time()
+    store = ConsumerStore(earlier_leases_s=0.5)
+    store.put("a", table, "d", "c", 300)
+    store.remove("a")
+    assert boot_time() >= before + 0.5
+    assert ConsumerStore()._earlier_until_s >= boot_time() + LEASE_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,33 @@ def test_a_node_that_was_restarted_is_told_again(
         nodes.start_again(0)
         wait_until(lambda: consumers(nodes.urls[0]) == ["rank-0"], "registered again")
         assert restore(nodes.urls[0], wait_until)["state"] == "succeeded"
+        assert rank.is_right
+
+
+@pytest.mark.usefixtures("kept_engines")
+def test_a_node_that_went_on_to_other_weights_does_not_take_the_engine_of_the_old_ones(
+    tiny_qwen3_moe: Path,
+    cluster: Callable[..., Any],
+    wait_until: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Their names and shapes are the same: it would be written with an expert of each as they are asked for."""
+    shutil.copytree(tiny_qwen3_moe, tmp_path / "model")
+    nodes = cluster("qwen", tmp_path / "model", count=1, replicas=1)
+    rank = Rank(tiny_qwen3_moe)
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        restorer.register("rank-0", ttl_s=1.5)
+        nodes.kill(0)
+        file = tmp_path / "model" / "model.safetensors"
+        image = bytearray(file.read_bytes())
+        data = 8 + int.from_bytes(image[:8], "little")  # after the header, which stays as it is
+        image[data:] = bytes(byte ^ 1 for byte in image[data:])
+        file.write_bytes(image)
+        nodes.start_again(0)
+        wait_until(lambda: "register with a node of those weights" in caplog.text, "it is told so")
+        assert consumers(nodes.urls[0]) == []
         assert rank.is_right
 
 

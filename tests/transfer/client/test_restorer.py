@@ -441,22 +441,48 @@ def test_a_peer_that_was_restarted_is_found_under_its_new_session(
         assert rank.is_right
 
 
+def spoil(segment: str) -> None:
+    """Flip a bit of the last block."""
+    with open(segment, "r+b") as file:
+        file.seek(-7000, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
 @pytest.mark.usefixtures("kept_engines")
-def test_a_rotten_block_comes_from_the_next_replica(tiny_qwen3_moe: Path, cluster: Callable[..., Any]) -> None:
-    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
+def test_a_rotten_block_comes_from_the_next_replica_and_its_holder_mends_it(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any]
+) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2, scrub_rate=1)  # by itself it would come by in hours
     rank = Rank(tiny_qwen3_moe, "qwen")
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
         rank.wipe()
-        with open(nodes.segment(0), "r+b") as segment:
-            segment.seek(-7000, os.SEEK_END)  # in the last block
-            byte = segment.read(1)
-            segment.seek(-1, os.SEEK_CUR)
-            segment.write(bytes([byte[0] ^ 1]))
+        spoil(nodes.segment(0))
         report = restorer.restore()
-    assert report.ok, report
-    assert report.bytes_by_source["peer"] == int(rank.manifest.nbytes[-1])
-    assert rank.is_right
+        assert report.ok, report
+        assert report.bytes_by_source["peer"] == int(rank.manifest.nbytes[-1])
+        assert rank.is_right
+        wait_until(lambda: restorer.restore().bytes_by_source["peer"] == 0, "its node has mended it")
+
+
+@pytest.mark.usefixtures("kept_engines")
+def test_a_block_that_is_rotten_at_the_last_peer_is_mended_there(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any]
+) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2, scrub_rate=1)
+    rank = Rank(tiny_qwen3_moe, "qwen")
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        rank.wipe()
+        nodes.kill(0)
+        os.unlink(nodes.segment(0))
+        spoil(nodes.segment(1))
+        (failed,) = restorer.restore().failed
+        assert failed.key == rank.manifest.keys[-1]
+        wait_until(lambda: restorer.restore().ok, "the peer has mended it, from its disk")
+        assert rank.is_right
 
 
 @pytest.mark.usefixtures("kept_engines")
@@ -524,3 +550,21 @@ def test_what_a_peer_sends_after_it_timed_out_reaches_no_slot(
         assert all((tensor == -1).all() for tensor in rank.held.values())
         assert restorer.restore().ok
         assert rank.is_right
+
+
+@pytest.mark.usefixtures("kept_engines")
+def test_the_token_is_that_of_the_environment_unless_one_is_given(
+    tiny_qwen3_moe: Path, serve: Callable[..., Any], free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    options = {"checkpoint": tiny_qwen3_moe, "model": "qwen", "fill": "disk", "token": "t0ken"}
+    node = serve("node-0", {"node-0": port}, **options).wait_ready()
+    monkeypatch.setenv("HOTSPARE_TOKEN", "t0ken")
+    rank = Rank(tiny_qwen3_moe, "qwen")
+    with Restorer(node.url) as restorer:
+        restorer.bind(rank.slots)
+        rank.wipe()
+        assert restorer.restore().ok
+    with Restorer(node.url, token="another") as restorer:
+        restorer.bind(rank.slots)
+        assert "401" in " ".join(restorer.restore().notes)

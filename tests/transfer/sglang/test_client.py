@@ -604,3 +604,19 @@ def test_sglang_starts_no_backup_process_of_its_own_and_none_of_it_is_imported(p
         "import sys, transfer.sglang.client; print([m for m in sys.modules if m[:6] == 'sglang'])"
     ).wait()
     assert (code, out.strip()) == (0, "[]")
+
+
+@pytest.mark.parametrize("release", ["0.5.18", "0.5.23"])
+def test_slots_that_belong_to_sglangs_weight_cache_are_left_alone(
+    moe: Stored, client: Callable[..., HotspareBackupClient], caplog: pytest.LogCaptureFixture, release: str
+) -> None:
+    """Its daemon owns them, and other engines read them: what is written there, all of them see."""
+    rank = Rank(moe, same_everywhere(range(13)))
+    rank.runner.server_args.weight_cache_mode = "client"
+    before = copies(rank)
+    made = client(rank, NOBODY, ready=False, release=release)
+    assert (made.use_backup, made._preparing) == (False, None)
+    assert "weight cache" in caplog.text
+    with pytest.raises(RuntimeError):
+        made.update_weights(None)
+    assert differing(rank, before) == []

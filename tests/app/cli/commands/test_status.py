@@ -30,6 +30,7 @@ def test_it_shows_a_node_that_waits_and_one_that_is_ready(serving: Serving, hots
     assert "ready" in shown
     assert "14 of 14 blocks" in shown
     assert "14/14" in shown
+    assert "all of them, the oldest" in shown
     assert "succeeded" in shown
     assert "Consumers" not in shown
 

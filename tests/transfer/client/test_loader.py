@@ -1,0 +1,240 @@
+"""A model is loaded from memory as from its files: every name, every byte, from the nearest place that has it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shm.layout import SegmentName
+from shm.segment import Segment
+from transfer import Loader
+from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.content import pin
+from transfer.checkpoint.reader import BlockReader
+from transfer.client.loader import LoadReport
+from transfer.errors import RestoreError
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+FAMILIES = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "llama4", "qwen3_5_moe")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+]
+
+
+def content_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor as the safetensors library loads it."""
+    found: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def differing(loaded: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """Names that are missing, too many, or of another dtype, shape or byte."""
+
+    def is_same(name: str) -> bool:
+        one, other = loaded[name].cpu(), right[name]
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
+
+    both = loaded.keys() & right.keys()
+    return sorted((loaded.keys() ^ right.keys()) | {name for name in both if not is_same(name)})
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+class Kept:
+    """A sealed segment of a checkpoint, held by this process as a daemon would, and no daemon beside it."""
+
+    def __init__(self, directory: Path, include: Any, rows: Callable[[int], bool]) -> None:
+        self.directory = directory
+        checkpoint = read_checkpoint(directory, "tiny", include)
+        self.manifest = checkpoint.manifest
+        self.name = SegmentName(f"test-{secrets.token_hex(6)}", "tiny", "here")
+        self.segment = Segment.claim(self.name)
+        held = [row for row in range(len(self.manifest)) if rows(row)]
+        self.segment.allocate(self.manifest, held)
+        reader = BlockReader(checkpoint)
+        for row in held:
+            self.segment.publish(row, reader.read_block(row, self.segment.block(row)))
+        reader.close()
+        self.segment.record_content(pin(checkpoint).digest)
+        self.segment.seal()
+
+    def loader(self, checkpoint: Path | None) -> Loader:
+        return Loader(NOBODY, model="tiny", namespace=self.name.namespace, checkpoint=checkpoint)
+
+
+@pytest.fixture
+def keep() -> Iterator[Callable[..., Kept]]:
+    """`keep(directory, include, rows=…)` → its segment, with the blocks of those manifest rows."""
+    made: list[Kept] = []
+
+    def make(directory: Path, include: str = "all", rows: Callable[[int], bool] = lambda row: True) -> Kept:
+        made.append(Kept(directory, include, rows))
+        return made[-1]
+
+    yield make
+    for kept in made:
+        kept.segment.unlink()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A checkpoint's directory, its weights taken away."""
+    directory = tmp_path / "bare"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_model_comes_from_memory_when_its_files_are_gone(
+    family: str, device: str, tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
+) -> None:
+    directory = tiny_checkpoint(family, is_fused=family in ("gpt_oss", "llama4", "qwen3_5_moe"))
+    right = content_of(directory)
+    with keep(directory).loader(bare) as loader:
+        loaded = loader.load(device=device)
+    assert differing(loaded, right) == []
+    assert {tensor.device.type for tensor in loaded.values()} == {torch.device(device).type}
+    assert loader.report.bytes_by_source["local"] > 0
+    assert (loader.report.bytes_by_source["peer"], loader.report.bytes_by_source["disk"]) == (0, 0)
+    assert loader.report.tensors == len(right)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_nodes_do_not_keep_comes_from_the_files(
+    family: str, device: str, tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept]
+) -> None:
+    """Dense tensors, and every third block."""
+    directory = tiny_checkpoint(family, is_sharded=True)
+    kept = keep(directory, "experts", lambda row: row % 3 != 0)
+    with kept.loader(directory) as loader:
+        loaded = loader.load(device=device)
+    assert differing(loaded, content_of(directory)) == []
+    here = int(kept.manifest.nbytes[[row for row in range(len(kept.manifest)) if row % 3]].sum())
+    assert loader.report.bytes_by_source["local"] == here
+    assert loader.report.bytes_by_source["disk"] > 0
+
+
+def test_tensors_lie_on_the_segments_own_pages_and_outlive_the_loader(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
+) -> None:
+    directory = tiny_checkpoint("qwen3_moe")
+    with keep(directory).loader(bare) as loader:
+        loaded = loader.load()
+        attachment = loader._around.segment.attachment
+        assert attachment is not None
+        begin, end = attachment._address, attachment._address + attachment.nbytes
+    assert all(begin <= tensor.data_ptr() < end for tensor in loaded.values())
+    assert differing(loaded, content_of(directory)) == []
+
+
+def test_only_what_is_wanted_moves(tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept]) -> None:
+    directory = tiny_checkpoint("gpt_oss", is_fused=True)
+    kept = keep(directory, "experts")
+
+    def wanted(name: str) -> bool:
+        return ".layers.1." in name and ("down_proj" in name or "norm" in name)
+
+    with kept.loader(directory) as loader:
+        loaded = loader.load(wanted)
+    assert differing(loaded, {name: t for name, t in content_of(directory).items() if wanted(name)}) == []
+    assert loader.report.bytes_by_source["local"] == int(kept.manifest.nbytes[5:10].sum())
+
+
+def test_a_block_that_is_wrong_in_the_segment_comes_from_elsewhere(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
+) -> None:
+    directory = tiny_checkpoint("qwen3_moe")
+    kept = keep(directory)
+    kept.segment.block(7)[99] ^= 8
+    with kept.loader(directory) as loader:
+        assert differing(loader.load(), content_of(directory)) == []
+    assert loader.report.bytes_by_source["disk"] == kept.manifest.nbytes[7]
+    assert "1 blocks were wrong in the memory of this host" in loader.report.notes
+    with kept.loader(bare) as loader, pytest.raises(RestoreError, match="1 blocks are in no memory and in no file"):
+        loader.load()
+
+
+def test_files_of_other_weights_than_the_nodes_keep_are_loaded_alone(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], tmp_path: Path
+) -> None:
+    """A fine-tune: names, shapes and headers are the same."""
+    directory = tiny_checkpoint("qwen3_moe")
+    kept = keep(directory)
+    other = tmp_path / "fine-tune"
+    shutil.copytree(directory, other)
+    file = other / "model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with kept.loader(other) as loader:
+        assert differing(loader.load(), content_of(other)) == []
+    assert loader.report.bytes_by_source["local"] == 0
+    assert any("nothing is taken of it" in note or "not the checkpoint" in note for note in loader.report.notes)
+
+
+def test_without_a_node_and_a_segment_the_files_are_all(tiny_checkpoint: Callable[..., Path], bare: Path) -> None:
+    directory = tiny_checkpoint("deepseek_v3", is_sharded=True)
+    with Loader(NOBODY, checkpoint=directory) as loader:
+        assert differing(loader.load(), content_of(directory)) == []
+    assert loader.report.bytes_by_source["local"] == 0
+    for nothing in (bare, None):
+        with Loader(NOBODY, checkpoint=nothing) as loader, pytest.raises(RestoreError, match=r"nothing can be loaded"):
+            loader.load()
+
+
+@pytest.mark.usefixtures("kept_engines")
+def test_what_other_nodes_keep_comes_from_them_and_then_from_the_files(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], bare: Path
+) -> None:
+    right = content_of(tiny_qwen3_moe)
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2, include="all")
+    told: list[LoadReport] = []
+    with Loader(nodes.urls[0], checkpoint=bare) as loader:
+        loaded = loader.load()
+        assert loader.report.bytes_by_source["peer"] == 0
+        assert loader._is_proved(loader._around.segment.attachment), "the node filled it, and so has verified it"
+        nodes.kill(0)
+        os.unlink(nodes.segment(0))
+        again = dict(loader.tensors(progress=told.append, window_nbytes=30_000))  # of five blocks
+    assert differing(loaded, right) == differing(again, right) == []
+    assert (loader.report.bytes_by_source["local"], loader.report.bytes_by_source["disk"]) == (0, 0)
+    assert len(told) > 3
+    assert told[0].bytes_total < told[-1].bytes_total == loader.report.bytes_total
+    nodes.kill(1)
+    with Loader(nodes.urls[0], checkpoint=tiny_qwen3_moe, model="qwen") as loader:
+        assert differing(loader.load(), right) == []
+    assert loader.report.bytes_by_source["peer"] == 0
+
+
+def test_transformers_builds_a_model_of_it_in_one_call(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
+) -> None:
+    """As docs/loading.md says."""
+    transformers = pytest.importorskip("transformers")
+    directory = tiny_checkpoint("qwen3_moe")
+    shutil.copy(directory / "config.json", bare)
+    kind, config = transformers.Qwen3MoeForCausalLM, transformers.AutoConfig.from_pretrained(bare)
+    with keep(directory).loader(bare) as loader:
+        built = kind.from_pretrained(None, config=config, state_dict=loader.load(), dtype="auto")
+        attachment = loader._around.segment.attachment
+        assert attachment is not None
+        begin, end = attachment._address, attachment._address + attachment.nbytes
+        mapped = [name for name, parameter in built.named_parameters() if begin <= parameter.data_ptr() < end]
+        assert any("self_attn" in name for name in mapped), "what it does not put together anew is not copied"
+        tokens = torch.arange(10)[None]
+        right = kind.from_pretrained(directory, dtype="auto")
+        assert torch.equal(built(tokens).logits, right(tokens).logits)
