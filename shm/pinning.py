@@ -7,6 +7,7 @@ refuses a copy that crosses from one piece into another (error 1, also where the
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from shm.errors import SegmentError
 
 PIECE_NBYTES = 16 << 30
+PAGE_NBYTES = mmap.PAGESIZE
 PORTABLE = 1  # cudaHostRegisterPortable: good in every CUDA context of the process
 READ_ONLY = 8  # cudaHostRegisterReadOnly
 
@@ -48,14 +50,18 @@ class PageLock:
 
 
 def joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ascending (address, nbytes) of blocks as pieces: those that touch become one, of up to PIECE_NBYTES."""
+    """Ascending (address, nbytes) of blocks as pieces of whole pages: those that touch become one.
+
+    Of up to PIECE_NBYTES, and more where blocks share a page of the host: no page can be locked twice.
+    """
     address = end = 0
     for start, nbytes in spans:
-        if start != end or start + nbytes - address > PIECE_NBYTES:
+        first, last = start // PAGE_NBYTES * PAGE_NBYTES, -(-(start + nbytes) // PAGE_NBYTES) * PAGE_NBYTES
+        if first > end or (first == end and last - address > PIECE_NBYTES):
             if end:
                 yield address, end - address
-            address = start
-        end = start + nbytes
+            address = first
+        end = last
     if end:
         yield address, end - address
 

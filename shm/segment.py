@@ -264,14 +264,29 @@ class Segment:
             successor.allocate(manifest, rows)
             self._unname()
             posix.name(fd, self.name.object_name)
+            successor._open_by_name()
         except FileExistsError as error:
-            os.close(fd)
             raise SegmentError(f"{self.name} was taken by another process just now: see `hotspare ls`") from error
-        except BaseException:
+        finally:
             os.close(fd)
-            raise
         self._disown()
         return successor
+
+    def _open_by_name(self) -> None:
+        """Own it through a descriptor of its name: one that was opened without tells nobody whose memory it is."""
+        fd = posix.open_existing(self.name.object_name, read_only=False)
+        posix.unlock(self._fd)
+        if posix.identity(fd) != self._identity or not posix.try_lock(fd):
+            os.close(fd)
+            raise SegmentError(f"{self.name} was taken by another process just now: see `hotspare ls`")
+        self._fd = fd
+        self._map_anew()
+
+    def _map_anew(self) -> None:
+        """In one mapping; nobody may have an address of before."""
+        self._extents.clear()
+        self._extents.cover(self._fd, self._header.total_nbytes)
+        self._table = BlockTable(self._table.entries, self._table_copies())
 
     def _unname(self) -> None:
         """Unlink the name if it leads to this object: it may have been lost, and be another owner's now."""
@@ -309,9 +324,7 @@ class Segment:
         posix.give_back(self._fd, align(end, mmap.PAGESIZE), os.fstat(self._fd).st_size)
         if end < header.total_nbytes:
             self._write_header(total_nbytes=end, data_nbytes=end - header.data_offset)
-            self._extents.clear()  # `extend` goes on there, and no block may lie in two mappings
-            self._extents.cover(self._fd, end)
-            self._table = BlockTable(entries, self._table_copies())
+            self._map_anew()  # `extend` goes on there, and no block may lie in two mappings
 
     def drop_unfilled(self, rows: Iterable[int]) -> None:
         """Give back the room of those of these rows whose block never was here."""

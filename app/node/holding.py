@@ -45,8 +45,8 @@ class Holding:
     """When each of its blocks was last proved."""
     registered: Ranges
     """(address, nbytes) of its memory that is open to the transfer engine."""
-    predecessor: Segment | None = None
-    """The segment of the same content that lost its name, until all that it has is in this one."""
+    predecessor: Holding | None = None
+    """What was held of this content in a segment that lost its name: served until it is here, and a while longer."""
 
     @property
     def content_digest(self) -> str:
@@ -71,12 +71,16 @@ class Holding:
 
     def is_recorded(self, row: int) -> bool:
         """Whether the block was published here once: then its checksum is on record."""
-        return is_recorded(self.segment, row)
+        return self.segment.checksum(row) != UNKNOWN_CHECKSUM
 
     def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
         """Of these rows those that are published, where they lie in the memory that is open to the transfer engine."""
         is_view = set(self.registered) <= set(self.segment.served_ranges())
-        return self.segment.served(rows) if is_view else self.segment.held(rows)
+        asked = tuple(rows)
+        found = self.segment.served(asked) if is_view else self.segment.held(asked)
+        if self.predecessor is not None:
+            found |= self.predecessor.held(row for row in asked if row not in found)
+        return found
 
     def replicas(self, session_id: str) -> dict[int, tuple[str, dict[str, Any]]]:
         """What is published here, as the shard map has it: row → (checksum in hex, where it is)."""
@@ -85,7 +89,7 @@ class Holding:
                 block.checksum.hex(),
                 {"node_id": self.node_id, "session_id": session_id, "address": block.address},
             )
-            for row, block in self.held(self.published().tolist()).items()
+            for row, block in self.held(self.available().tolist()).items()
         }
 
     def checks(self) -> dict[str, bool]:
@@ -98,9 +102,13 @@ class Holding:
             "attachable": self.segment.reader_problem() is None,
         }
 
+    def available(self) -> Int64s:
+        """Rows that others may have from here, wherever in this process's memory they are."""
+        return self.published() if self.predecessor is None else np.union1d(self.published(), self.left_behind())
+
     def left_behind(self) -> Int64s:
         """Rows whose block the predecessor has and this segment lacks."""
-        had = np.zeros(0, dtype=np.int64) if self.predecessor is None else self.predecessor.published()
+        had = np.zeros(0, dtype=np.int64) if self.predecessor is None else self.predecessor.available()
         return np.setdiff1d(had, self.published(), assume_unique=True)
 
     def without_room(self) -> Int64s:
@@ -124,11 +132,6 @@ class Holding:
                 f"{', '.join(self.placement.nodes_of(strangers[0]))}"
             )
         return np.array(rows, dtype=np.int64)
-
-
-def is_recorded(segment: Segment, row: int) -> bool:
-    """Whether the block was published in it once: then its checksum is on record."""
-    return segment.checksum(row) != UNKNOWN_CHECKSUM
 
 
 NOTHING = {"manifest": False, "published": False, "sealed": False, "registered": False, "attachable": False}

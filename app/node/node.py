@@ -19,6 +19,7 @@ reservation of hundreds of gigabytes or for a comparison with files.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,6 +51,7 @@ from transfer.progress import Progress
 from transfer.restore import Restore
 from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind, reading
 
+LEFT_S = 30.0  # a predecessor's memory is served on for so long: who fetched a map before reads by it
 UNKNOWN_ORIGIN = bytes(DIGEST_NBYTES)  # of content that came from peers
 
 IN_PLACE = "in place"
@@ -99,6 +101,7 @@ class Node:
         """Whether a restore into the segment is under way."""
         self._is_stopping = False
         self._shortages: dict[str, str] = {}
+        self._settled_at = 0.0
 
     # -- starting --------------------------------------------------------------------------------------------
 
@@ -141,7 +144,12 @@ class Node:
         self._use(pinned.checkpoint.manifest, pinned.digest, pinned.origin, pinned)
 
     def _use(
-        self, manifest: Manifest, content: bytes, origin: bytes = UNKNOWN_ORIGIN, disk: PinnedCheckpoint | None = None
+        self,
+        manifest: Manifest,
+        content: bytes,
+        origin: bytes = UNKNOWN_ORIGIN,
+        disk: PinnedCheckpoint | None = None,
+        predecessor: Holding | None = None,
     ) -> None:
         """Take this for what the model is: place its blocks, make room for ours, open it to the engine.
 
@@ -160,7 +168,9 @@ class Node:
         segment.record_content(content)
         segment.record_origin(origin)
         proofs, registered = Proofs(len(manifest)), self._register(segment)
-        self.holding = Holding(settings.node_id, segment, manifest, placement, content, disk, proofs, registered)
+        self.holding = Holding(
+            settings.node_id, segment, manifest, placement, content, disk, proofs, registered, predecessor
+        )
         self.cluster.use_manifest(manifest, placement.digest, content.hex())
 
     def _place(self, manifest: Manifest) -> Placement:
@@ -192,7 +202,15 @@ class Node:
     @property
     def is_displaced(self) -> bool:
         """Whether something waits for room, or for the segment's name: a restore looks whether it is there now."""
-        return bool(self._shortages) or (self.holding is not None and not self.holding.segment.is_named())
+        holding = self.holding
+        return bool(self._shortages) or (
+            holding is not None and (not holding.segment.is_named() or self._is_left(holding))
+        )
+
+    def _is_left(self, holding: Holding) -> bool:
+        """Whether nothing needs the predecessor any more."""
+        settled = holding.segment.state is SegmentState.SEALED and not len(holding.left_behind())
+        return holding.predecessor is not None and settled and time.monotonic() > self._settled_at + LEFT_S
 
     def _register(self, segment: Segment) -> tuple[tuple[int, int], ...]:
         """Open what others may read to the engine, as far as it is not yet; what is open then.
@@ -254,13 +272,14 @@ class Node:
             except BaseException:
                 successor.unlink()
                 raise
-            self._change_to(successor)
-            self._use(before.manifest, before.content, before.segment.header.origin, before.disk)
-            self.holding = replace(self._held(), predecessor=before.segment)
+            self._segment = successor
+            self._use(before.manifest, before.content, before.segment.header.origin, before.disk, before)
             before.segment.give_up()
 
     def _withdraw(self, holding: Holding) -> None:
         """Close to others what `_register` opened."""
+        if holding.predecessor is not None:
+            self._withdraw(holding.predecessor)
         if self.engine is not None:
             self.engine.unregister(holding.registered)
         if self.settings.transport == RDMA:
@@ -374,6 +393,9 @@ class Node:
         if not holding.segment.is_named():
             self._find_name(holding)
             holding = self._held()
+        if holding.predecessor is not None and self._is_left(holding):
+            self._withdraw(holding.predecessor)
+            self.holding = holding = replace(holding, predecessor=None)
         self.mend(holding)
         if len(holding.without_room()):
             self._extend(holding.segment, holding.placed().tolist())
@@ -442,7 +464,7 @@ class Node:
             return
         if not len(segment.rows(BlockState.RESERVED, BlockState.QUARANTINED)):
             segment.seal()
-            self.holding = replace(holding, predecessor=None)
+            self._settled_at = time.monotonic()
 
     # -- stopping --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from app.cluster.cluster import Cluster
 from app.cluster.membership import PeerState
 from app.cluster.peers import PeerBlocks
-from app.node.holding import Holding, is_recorded
+from app.node.holding import Holding
 from transfer.offers import Holder, Offers, offers
 from transfer.sources import Disk, HostMemory, PeerMemory, Source, on_disk
 
@@ -41,16 +41,16 @@ def offer(
     holders = [Holder(own, holding.segment.held(rows))]
     holders += [Holder(peers[node], held.blocks) for node, held in holdings.items()]
     tiers: list[list[Source]] = [[own], [source for node, source in peers.items() if node in alive]]
-    records = [holding.segment]
+    expected = {row: holding.segment.checksum(row) for row in rows if holding.is_recorded(row)}
     if predecessor is not None and holding.predecessor is not None:
-        records.append(holding.predecessor)
-        holders.insert(1, Holder(predecessor, holding.predecessor.held(rows)))
+        left = holding.predecessor.held(rows)
+        holders.insert(1, Holder(predecessor, left))
         tiers[0].append(predecessor)
+        expected = {row: block.checksum for row, block in left.items()} | expected
     if disk is not None:
         holders.append(Holder(disk, on_disk(holding.manifest, rows)))
         tiers.append([disk])
     tiers.append([source for node, source in peers.items() if node not in alive])
-    expected = {row: record.checksum(row) for record in records for row in rows if is_recorded(record, row)}
     offered = offers(rows, holders, expected)
     for name, count in offered.left_aside.items():
         _log.warning(

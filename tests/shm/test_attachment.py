@@ -34,6 +34,7 @@ from shm.errors import (
 )
 from shm.layout import HEADER_NBYTES, SHM_DIRECTORY, SegmentName, copy_offset
 from shm.manifest import FileSpec, Manifest
+from shm.pinning import joined
 from shm.segment import Segment
 
 torch = pytest.importorskip("torch")
@@ -634,6 +635,18 @@ def test_pinning_covers_every_block_once_in_pieces_of_whole_blocks_and_closing_u
     assert cudart.flags == {1 | 8}
     weights.close()
     assert cudart.pinned == {}
+
+
+def test_blocks_that_share_a_page_of_the_host_are_pinned_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host with pages of 64 KiB CUDA refuses a page that is locked already."""
+    monkeypatch.setattr("shm.pinning.PAGE_NBYTES", 65536)
+    monkeypatch.setattr("shm.pinning.PIECE_NBYTES", 2 * 65536)
+    base = 33 * 65536
+    spans = [(base + at, nbytes) for at, nbytes in ((4096, 8192), (61440, 8192), (69632, 61440), (7 * 65536, 4096))]
+    pieces = list(joined(spans))
+    assert pieces == [(base, 2 * 65536), (base + 7 * 65536, 65536)]
+    touching = [(base + at * 65536, 65536) for at in range(5)]
+    assert [nbytes for _, nbytes in joined(touching)] == [2 * 65536, 2 * 65536, 65536]
 
 
 def test_blocks_are_pinned_as_they_are_asked_for(

@@ -21,6 +21,7 @@ from shm.segment import Damage, Segment
 
 FLIPS_EACH = 333  # of each section
 DOUBLE_FLIPS = 666
+ACCIDENTS = 333
 ROWS = [0, 1, 3, 4, 5, 6, 8, 9]
 
 
@@ -190,6 +191,57 @@ def test_a_section_that_is_gone_costs_nothing(made: Sealed, section: str, by: by
         segment.close()
 
 
+def spoilt(made: Sealed, random: np.random.Generator) -> bytes:
+    """The object after one to four accidents: many bits, pages of zeros, of noise or of another place, torn writes."""
+    data = bytearray(made.whole)
+    for _ in range(int(random.integers(1, 5))):
+        page, other = (4096 * int(at) for at in random.integers(len(data) // 4096, size=2))
+        sector, n = 512 * int(random.integers(len(data) // 512)), 512 * int(random.integers(1, 9))
+        accident = int(random.integers(5))
+        if accident == 0:
+            data[page : page + 4096] = bytes(4096)
+        elif accident == 1:
+            data[page : page + 4096] = random.bytes(4096)
+        elif accident == 2:
+            data[page : page + 4096] = made.whole[other : other + 4096]
+        elif accident == 3:
+            data[sector : sector + n] = random.bytes(n)[: len(data) - sector]
+        else:
+            for bit in random.integers(8 * made.sections["second table"][0], size=33).tolist():
+                data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def test_pages_torn_writes_and_many_bits_are_never_a_wrong_byte_in_silence_nor_another_kind_of_error(
+    made: Sealed,
+) -> None:
+    """Whoever attaches is told of every block that is wrong or missing; whoever adopts records no wrong checksum."""
+    random = np.random.Generator(np.random.SFC64(1111))
+    n_read = 0
+    for number in range(ACCIDENTS):
+        made.path.write_bytes(spoilt(made, random))
+        try:
+            found, wrong = reads(made)
+        except SegmentError:
+            pass
+        else:
+            n_read += 1
+            assert {row for row, block in found.items() if made.blocks.get(row) != block} <= set(wrong), number
+            assert set(made.blocks) - set(found) <= set(wrong), number
+        try:
+            segment = Segment.claim(made.name)
+        except SegmentError:
+            continue
+        for row in segment.published().tolist():
+            assert segment.checksum(row) == checksum(made.blocks[row])
+            assert (segment.read_checksum(row) == segment.checksum(row)) == (
+                bytes(segment.block(row)) == made.blocks[row]
+            )
+        segment.close()
+        made.path.unlink()
+    assert ACCIDENTS / 4 < n_read < ACCIDENTS
+
+
 # -- under a living owner ------------------------------------------------------------------------------------------
 
 
@@ -208,6 +260,23 @@ def test_an_owner_finds_and_mends_what_flips_under_it_and_restores_to_the_right_
             assert segment.mend() == Damage()
             assert made.path.read_bytes() == whole
         assert nbytes > 0
+    segment.close()
+
+
+def test_an_owner_writes_anew_what_pages_torn_writes_and_many_bits_did_to_what_leads_to_the_blocks(
+    made: Sealed,
+) -> None:
+    segment = Segment.claim(made.name)
+    whole, end = made.path.read_bytes(), segment.header.data_offset
+    random = np.random.Generator(np.random.SFC64(2222))
+    for _ in range(ACCIDENTS):
+        with made.path.open("r+b") as file:
+            file.write(spoilt(made, random)[:end])
+        segment.mend()
+        now = made.path.read_bytes()
+        for start, nbytes in made.sections.values():  # the rest of their last pages is no part of anything
+            assert now[start : start + nbytes] == whole[start : start + nbytes]
+        assert segment.reader_problem() is None
     segment.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -107,9 +108,11 @@ def test_a_name_that_vanishes_is_told_and_taken_again_out_of_memory(
         assert answer.status_code == 503
         assert answer.json()["checks"]["attachable"] is False
         assert "there is no /dev/shm/" in answer.json()["detail"]
+        served = live.context.node.holding.replicas("s:1")
         restore = live.context.restores.start_local((), ALL_KINDS)
         assert restore.finished.wait(30)
         assert path.exists()
+        assert live.context.node.holding.replicas("s:1") == served, "peers read on where they were told"
         restore = live.context.restores.start_local(None, ALL_KINDS)
         assert restore.finished.wait(30)
         assert is_ready(live)
@@ -120,9 +123,25 @@ def test_a_name_that_vanishes_is_told_and_taken_again_out_of_memory(
     assert (after["disk"], after["peer"]) == (before["disk"], before["peer"]), "no weight byte was read"
     assert after["local"] - before["local"] == sum(map(len, expected.values()))
     assert "is gone from /dev/shm" in caplog.text
-    assert live.context.node.holding.predecessor is None
+    assert set(live.context.node.holding.replicas("s:1")) == set(range(39))
     with pytest.raises(SegmentBusy):
         Segment.claim(SegmentName(namespace, "moe", "n"))
+
+
+def test_the_memory_of_the_segment_without_a_name_is_let_go_after_a_while(
+    live: Any, path: Path, wait_until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever fetched a map before reads by it for some time; then the room is free again."""
+    monkeypatch.setattr("app.node.node.LEFT_S", 0.3)
+    monkeypatch.setattr("app.node.upkeep.RETRY_INTERVAL_S", 0.3)
+    path.unlink()
+    wait_until(lambda: path.exists() and is_ready(live), "it has its name again")
+    wait_until(lambda: live.context.node.holding.predecessor is None, "it was let go")
+    assert is_ready(live)
+    wait_until(lambda: not live.context.node.is_restoring, "nothing more is done")
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert not [line for line in maps if path.name in line and "(deleted)" in line]
 
 
 @pytest.mark.parametrize("fill", ["auto", "none"])

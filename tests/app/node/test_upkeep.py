@@ -71,3 +71,18 @@ def test_none_brings_back_what_was_found_wrong_and_tries_again() -> None:
     assert upkeep.next(rotten, START) == Task((B,), KINDS["none"])
     assert upkeep.next(rotten, START + 1) is None
     assert upkeep.next(replace(rotten, sources="p@2"), START + 2) == Task((B,), KINDS["none"])
+
+
+@pytest.mark.parametrize("fill", ["auto", "none"])
+def test_what_waits_for_room_or_a_name_is_looked_at_at_once_and_again_when_it_is_due(fill: str) -> None:
+    upkeep, displaced = Upkeep(fill), replace(COMPLETE, is_displaced=True)
+    assert upkeep.next(COMPLETE, START) is None
+    assert upkeep.next(displaced, START) == Task((), KINDS[fill])
+    assert upkeep.next(displaced, START + 1) is None
+    assert upkeep.next(displaced, START + RETRY_INTERVAL_S) == Task((), KINDS[fill])
+
+
+def test_none_brings_what_was_left_behind_in_a_segment_without_a_name() -> None:
+    upkeep, left = Upkeep("none"), replace(LACKING, left_behind=(B,))
+    upkeep.next(replace(COMPLETE, is_displaced=True), START)
+    assert upkeep.next(left, START + 0.5) == Task((B,), KINDS["none"])
