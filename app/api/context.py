@@ -11,6 +11,7 @@ from app.cluster.cluster import Cluster
 from app.cluster.membership import Membership
 from app.cluster.peers import PeerClient
 from app.cluster.prober import Prober
+from app.data_address import data_host, warnings
 from app.node.caretaker import Caretaker
 from app.node.node import Node
 from app.node.scrubber import Scrubber
@@ -22,6 +23,14 @@ from transfer.engine import MooncakeEngine, TransferEngine
 from transfer.loop import Loop
 
 _log = logging.getLogger("hotspare.node")
+
+
+def _engine_starter(settings: Settings) -> Callable[[], TransferEngine]:
+    """Starts Mooncake's engine. Raises InvalidInput for an address that peers cannot reach; warns of doubtful ones."""
+    host = data_host(settings)
+    for warning in warnings(settings, host):
+        _log.warning("%s", warning)
+    return lambda: MooncakeEngine(host, settings.transport)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Context:
         client = PeerClient(settings.token.get_secret_value() if settings.token else None)
         cluster = Cluster(Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace))
         prober = Prober(cluster, client)
-        start = start_engine or (lambda: MooncakeEngine(settings.engine_host, settings.transport))
+        start = start_engine or _engine_starter(settings)
         node = Node(settings, cluster, prober, start)
         try:
             node.open()
