@@ -6,9 +6,9 @@ They are below the restores, not in `app.api`: nodes speak to each other in the 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from app.cluster.membership import PeerState
 from app.node.node import NodeState
@@ -29,8 +29,19 @@ from transfer.sources import SourceKind
 TTL_S_MIN = 1.0
 TTL_S_MAX = 7 * 86400.0
 TTL_S_DEFAULT = 300.0
-EXPERTS_MAX = 1 << 17  # named in one request, which is parsed on the event loop; DeepSeek-V3 has 14,848
+EXPERTS_MAX = 1 << 17  # named in one request; DeepSeek-V3 has 14,848
 
+Item = TypeVar("Item")
+
+
+def give_way(value: Any) -> Any:
+    """What it is given. A parser or validator in C or Rust that calls this for each of many objects lets other threads
+    run meanwhile: the event loop, above all."""
+    return value
+
+
+Many = Annotated[list[Annotated[Item, BeforeValidator(give_way)]], Field(fail_fast=True)]
+"""A list that may be long: it is refused at its first fault, for to name all of many takes longer than to be wrong."""
 NodeId = Annotated[str, Field(min_length=1, max_length=200, examples=["node-a"])]
 Layer = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -212,7 +223,7 @@ class RestoreTarget(Document):
 
 class RestoreRequest(Document):
     target: RestoreTarget
-    experts: Annotated[list[ExpertRef], Field(min_length=1, max_length=EXPERTS_MAX)] | None = Field(
+    experts: Annotated[Many[ExpertRef], Field(min_length=1, max_length=EXPERTS_MAX)] | None = Field(
         None, description="null: every block that belongs to the target."
     )
     sources: Annotated[list[Literal["peer", "disk"]], Field(min_length=1)] | None = Field(
@@ -236,7 +247,7 @@ class FailedExpert(Document):
 
 
 class RestoreDocument(Document):
-    id: str
+    id: Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")]
     target: RestoreTarget
     state: RestoreState
     blocks_total: int
@@ -249,9 +260,9 @@ class RestoreDocument(Document):
     )
     failed_total: int
     error: str | None
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
+    created_at: AwareDatetime
+    started_at: AwareDatetime | None
+    finished_at: AwareDatetime | None
 
 
 class Restores(Document):
@@ -298,14 +309,14 @@ class PushTableDocument(Document):
         None, description="The weights that the slots hold; null: those that the node has now. No others are written."
     )
     ranges: Annotated[
-        list[tuple[Address, Length]],
+        Many[tuple[Address, Length]],
         Field(min_length=1, max_length=RANGES_MAX, description="[address, nbytes] registered with that engine."),
     ]
     forms: Annotated[
-        list[Annotated[list[FormCopyDocument], Field(min_length=1, max_length=COPIES_PER_FORM_MAX)]],
+        Many[Annotated[Many[FormCopyDocument], Field(min_length=1, max_length=COPIES_PER_FORM_MAX)]],
         Field(min_length=1, max_length=FORMS_MAX, description="What slots that look alike share."),
     ]
-    slots: Annotated[list[SlotDocument], Field(min_length=1, max_length=SLOTS_MAX)]
+    slots: Annotated[Many[SlotDocument], Field(min_length=1, max_length=SLOTS_MAX)]
 
 
 class ConsumerRequest(PushTableDocument):
@@ -367,7 +378,7 @@ class PushLease(Document):
 
 class PushRequest(PushTableDocument):
     lease: PushLease
-    blocks: Annotated[list[WantedExpert], Field(min_length=1, max_length=PUSH_LIMITS.items)]
+    blocks: Annotated[Many[WantedExpert], Field(min_length=1, max_length=PUSH_LIMITS.items)]
     read_back: bool = False
 
 

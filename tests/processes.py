@@ -148,7 +148,7 @@ class Zygote:
         directory: Path = ROOT,
         network: str = "",
     ) -> Forked:
-        """Run `-m MODULE …` or `-c CODE …`, in a network namespace if one is named.
+        """Run `-m MODULE …` or `-c CODE …`, in a network namespace if one is named, or its path given.
 
         The streams are descriptors of stdin, stdout and stderr, which stay the caller's to close.
         """

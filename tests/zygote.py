@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 REQUEST_NBYTES_MAX = 1 << 17
@@ -105,8 +106,8 @@ def become(request: dict[str, Any]) -> None:
 
 
 def _enter(network: str) -> None:
-    """Go on in a network namespace that `ip netns` has made."""
-    with open(f"/run/netns/{network}") as namespace:
+    """Go on in a network namespace: one that `ip netns` has made, by its name, or one that a path leads to."""
+    with (Path("/run/netns") / network).open() as namespace:
         if _libc.setns(namespace.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"no network namespace {network}")
 

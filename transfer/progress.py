@@ -59,6 +59,8 @@ class Progress:
 
     blocks_total: int = 0
     bytes_total: int = 0
+    failed_total: int = 0
+    """Blocks that could not be had, those included whose reasons were forgotten."""
     _state: RestoreState = RestoreState.PENDING
     _blocks_done: int = 0
     _by_source: dict[str, int] = field(default_factory=lambda: {kind.value: 0 for kind in SourceKind})
@@ -85,6 +87,14 @@ class Progress:
     def fail(self, failed: list[FailedBlock]) -> None:
         with self._lock:
             self._failed.extend(failed)
+            self.failed_total += len(failed)
+
+    def forget_failed(self, kept: int) -> None:
+        """Keep the first of the failed blocks only, and each reason once: one that is over is remembered for long."""
+        reasons: dict[str, str] = {}
+        with self._lock:
+            first = self._failed[:kept]
+            self._failed = [FailedBlock(f.key, reasons.setdefault(f.reason, f.reason)) for f in first]
 
     def finish(self, state: RestoreState, error: str | None = None) -> None:
         """End it, once: what comes after is ignored."""

@@ -13,6 +13,9 @@ from shm.checksum import CHECKSUM_NBYTES
 from shm.errors import BlockUnavailable, ManifestError
 from shm.manifest import Manifest
 
+TEXT_CHARS_MAX = 600  # names have at most 200 characters, a session is a host name of 253 and a port
+ADDRESS_END = 1 << 64
+
 
 class Replica(NamedTuple):
     """Where a block is: `address` in the memory of that session's process."""
@@ -35,7 +38,7 @@ def read_shard_map(document: Mapping[str, Any], manifest: Manifest) -> dict[int,
         raise ManifestError(f"it has manifest {document.get('manifest_digest')}, not {manifest.digest}")
     try:
         return dict(_mapped(entry, manifest) for entry in _entries(document))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, BlockUnavailable) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, BlockUnavailable) as error:
         raise ManifestError(f"not a shard map: {error!r}") from error
 
 
@@ -46,8 +49,29 @@ def _entries(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _mapped(entry: Mapping[str, Any], manifest: Manifest) -> tuple[int, Mapped]:
     layer = DENSE if entry["layer"] is None else entry["layer"]
-    replicas = tuple(Replica(str(r["node_id"]), str(r["session_id"]), int(r["address"])) for r in entry["replicas"])
+    replicas = tuple(Replica(r["node_id"], r["session_id"], r["address"]) for r in entry["replicas"])
+    for replica in replicas:
+        _check(replica)
     return manifest.index(layer, entry.get("expert", DENSE)), Mapped(_checksum(entry["checksum"]), replicas)
+
+
+def _check(replica: Replica) -> None:
+    node_id, session_id, address = replica
+    if (
+        not (isinstance(node_id, str) and isinstance(session_id, str))
+        or len(node_id) + len(session_id) > TEXT_CHARS_MAX
+    ):
+        raise ValueError(f"a replica at {node_id!r:.40} ({session_id!r:.40}) is none")
+    if type(address) is not int or not 0 <= address < ADDRESS_END:
+        raise ValueError(f"{address!r:.40} is no address")
+
+
+def read_text(document: Mapping[str, Any], name: str) -> str:
+    """A text of a document that somebody else wrote. Raises ManifestError."""
+    value = document.get(name)
+    if not isinstance(value, str) or len(value) > TEXT_CHARS_MAX:
+        raise ManifestError(f"not a node's document: {name} is {value!r:.40}, not a text of {TEXT_CHARS_MAX} at most")
+    return value
 
 
 def _checksum(digits: str) -> bytes:

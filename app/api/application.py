@@ -12,6 +12,7 @@ from app.api import problems
 from app.api.access import Gate, token_scheme
 from app.api.context import Context
 from app.api.docs_ui import mount_docs
+from app.api.lanes import THREADS, Lanes
 from app.api.routes import cluster, consumers, health, metrics, node, restores
 from app.settings import Settings
 from app.version import VERSION
@@ -29,6 +30,7 @@ def create_app(settings: Settings, context: Context | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        to_thread.current_default_thread_limiter().total_tokens = THREADS
         opened = context if context is not None else await to_thread.run_sync(Context.open, settings)
         app.state.context = opened
         await to_thread.run_sync(opened.start)
@@ -54,10 +56,11 @@ def create_app(settings: Settings, context: Context | None = None) -> FastAPI:
         ],
     )
     app.state.settings = settings
-    app.add_middleware(Gate)
+    app.add_middleware(Lanes)
+    app.add_middleware(Gate)  # before the lanes: whoever may not ask takes no place
     problems.install(app)
-    app.include_router(health.router)
+    app.include_router(health.router, responses=problems.problem_responses(403))
     for router in (metrics.router, node.router, cluster.router, restores.router, consumers.router):
-        app.include_router(router, dependencies=[Depends(token_scheme)])
+        app.include_router(router, dependencies=[Depends(token_scheme)], responses=problems.problem_responses(403, 503))
     mount_docs(app)
     return app

@@ -2,10 +2,11 @@
 
 An error that has no row of its own takes its nearest ancestor's. What the table says, docs/problems.md explains.
 
-Two errors are of this floor alone: what is wrong with a request before any room of the domain hears of it.
+Three errors are of this floor alone: what is wrong with a request before any room of the domain hears of it.
 
 HotspareError
 ├── Unauthorized
+├── Forbidden
 └── TooLarge
 """
 
@@ -23,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Match, Mount
+from starlette.types import Receive, Scope, Send
 
 from app import errors as app_errors
 from shm import errors as shm_errors
@@ -39,6 +41,10 @@ _log = logging.getLogger("hotspare.api")
 
 class Unauthorized(HotspareError):
     """No token, or not this node's."""
+
+
+class Forbidden(HotspareError):
+    """It comes from a web page of somebody else's, as far as one can tell, or names a host that is none."""
 
 
 class TooLarge(HotspareError):
@@ -93,6 +99,7 @@ PROBLEM_TYPES: Mapping[type[HotspareError], ProblemType] = {
     app_errors.Unavailable: ProblemType(503, "unavailable", "Not now"),
     app_errors.PeerFailed: ProblemType(502, "peer-failed", "Another node did not do its part"),
     Unauthorized: ProblemType(401, "unauthorized", "A token is needed"),
+    Forbidden: ProblemType(403, "forbidden", "The request is another web page's, or names another host"),
     TooLarge: ProblemType(413, "too-large", "The request is over its limit"),
 }
 
@@ -146,7 +153,7 @@ def _response(
 ) -> JSONResponse:
     problem = Problem(
         type=uri or kind.uri, title=kind.title, status=kind.status, detail=detail,
-        instance=request.url.path, errors=errors,
+        instance=request.scope["path"], errors=errors,
     )  # fmt: skip
     return JSONResponse(problem.model_dump(exclude_none=True), kind.status, headers, MEDIA_TYPE)
 
@@ -155,8 +162,14 @@ async def _on_hotspare_error(request: Request, error: Exception) -> JSONResponse
     assert isinstance(error, HotspareError)
     kind = problem_type(error)
     if kind.status >= 500:
-        _log.warning("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
+        _log.warning("%s %s: %s: %s", request.method, request.scope["path"], type(error).__name__, error)
     return _response(request, kind, str(error), headers=_headers(error))
+
+
+async def answer_problem(error: HotspareError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request that reaches no route with the error's problem document, as the routes' errors are."""
+    answer = await _on_hotspare_error(Request(scope), error)
+    await answer(scope, receive, send)
 
 
 def _headers(error: HotspareError) -> dict[str, str]:
@@ -195,12 +208,12 @@ def _allowed(request: Request, said: str) -> str:
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        detail = f"nothing is at {request.url.path}: GET /openapi.json lists what there is"
+        detail = f"nothing is at {request.scope['path']}: GET /openapi.json lists what there is"
         return _response(request, _NOT_FOUND, detail, headers=error.headers)
     if error.status_code == 405:
         headers = dict(error.headers or {})
         headers["Allow"] = _allowed(request, headers.get("Allow", ""))
-        detail = f"{request.url.path} does not take {request.method}: it takes {headers['Allow'] or 'no method'}"
+        detail = f"{request.scope['path']} does not take {request.method}: it takes {headers['Allow'] or 'no method'}"
         return _response(request, _METHOD_NOT_ALLOWED, detail, headers=headers)
     # RFC 9457, 4.2.1: a problem that says no more than its status is of type about:blank.
     kind = ProblemType(error.status_code, "", HTTPStatus(error.status_code).phrase)
@@ -209,7 +222,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
     # The server logs the traceback when the error reaches it; this line says which request it belongs to.
-    _log.error("%s %s failed: %r", request.method, request.url.path, error)
+    _log.error("%s %s failed: %r", request.method, request.scope["path"], error)
     return _response(request, _UNEXPECTED, "an unexpected error: the node's log has what happened")
 
 

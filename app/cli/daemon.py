@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BACKLOG = 1024
 READY_POLL_S = 0.02
-GRACEFUL_SHUTDOWN_S = 3  # streams of events are cut after that
+GRACEFUL_SHUTDOWN_S = 1  # streams of events are cut after that
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CHATTY_LOGGERS = ("httpx", "httpcore", "uvicorn", "asyncio")
 
@@ -170,20 +170,10 @@ def leave(status: int = 0) -> NoReturn:
 
 
 def _serve(settings: Settings, listener: socket.socket, context: Context, stopper: Stopper, *, debug: bool) -> None:
-    import uvicorn
-
     from app.api.application import create_app
+    from app.api.server import make_server
 
-    config = uvicorn.Config(
-        create_app(settings, context),
-        loop="asyncio",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=debug,
-        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
-    )
-    server = uvicorn.Server(config)
+    server = make_server(create_app(settings, context), access_log=debug, graceful_s=GRACEFUL_SHUTDOWN_S)
     stopper.watch(server)
     server.run(sockets=[listener])
 

@@ -15,8 +15,17 @@ from pydantic import BaseModel, ValidationError
 from app.errors import PeerFailed
 from shm.errors import ManifestError
 from shm.manifest import Manifest
-from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, quoted
-from transfer.shard_map import read_shard_map
+from transfer.client.http import (
+    DOCUMENT_TIMEOUT_S,
+    MANIFEST_NBYTES_MAX,
+    REPORT_NBYTES_MAX,
+    NodeHttp,
+    NodeRefused,
+    NodeUnreachable,
+    map_nbytes_max,
+    quoted,
+)
+from transfer.shard_map import read_shard_map, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -35,19 +44,25 @@ class PeerClient(NodeHttp):
 
     def node(self, url: str) -> dict[str, Any]:
         """The peer's `/v1/node`."""
-        return self.document(f"{url}/v1/node")
+        return self.document(f"{url}/v1/node", nbytes_max=REPORT_NBYTES_MAX)
 
     def manifest(self, url: str) -> Manifest:
         """The peer's manifest, checked against its digest. Raises ManifestError."""
-        return Manifest.from_json(self.document(f"{url}/v1/manifest", timeout=DOCUMENT_TIMEOUT_S))
+        document = self.document(f"{url}/v1/manifest", timeout=DOCUMENT_TIMEOUT_S, nbytes_max=MANIFEST_NBYTES_MAX)
+        return Manifest.from_json(document)
 
     def blocks(self, url: str, node_id: str, manifest: Manifest) -> PeerBlocks:
         """What the peer has published, from its shard map. Raises ManifestError if it is of another manifest."""
-        document = self.document(f"{url}/v1/shard-map", params={"scope": "node"}, timeout=DOCUMENT_TIMEOUT_S)
+        document = self.document(
+            f"{url}/v1/shard-map",
+            params={"scope": "node"},
+            timeout=DOCUMENT_TIMEOUT_S,
+            nbytes_max=map_nbytes_max(len(manifest), replicas=1),
+        )
         try:
             mapped = read_shard_map(document, manifest)
-            revision = str(document["revision"])
-        except (KeyError, ManifestError) as error:
+            revision = read_text(document, "revision")
+        except ManifestError as error:
             raise ManifestError(f"the shard map of {node_id} at {url} is of no use: {error}") from error
         own = [
             (row, block.checksum, replica)

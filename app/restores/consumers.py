@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from app.errors import Conflict, LimitReached, NotFound, Unavailable
-from app.restores.lease import LEASE_S, Grants, boot_time
+from app.restores.lease import LEASE_S, MARGIN_S, Grants, boot_time
 from transfer.push.table import PushTable
 
 CONSUMERS_MAX = 128  # a node has some 8 GPUs, and a rank of each at a time
@@ -48,8 +48,11 @@ class Consumer:
 class ConsumerStore:
     """Every registration that has not expired. Thread-safe. `clock` counts seconds, from anywhere."""
 
-    def __init__(self, clock: Callable[[], float] = boot_time) -> None:
+    def __init__(self, clock: Callable[[], float] = boot_time, *, earlier_leases_s: float = LEASE_S + MARGIN_S) -> None:
+        """`earlier_leases_s` is for how long from now peers may write by leave of an earlier life of this node, which
+        may have ended a moment ago, and of which nothing is known any more."""
         self._clock = clock
+        self._earlier_until_s = clock() + earlier_leases_s
         self._epochs = itertools.count(time.time_ns())
         self._consumers: dict[str, Consumer] = {}
         self._changed = threading.Condition()
@@ -163,15 +166,19 @@ class ConsumerStore:
 
     def _is_quiet(self, consumer: Consumer) -> bool:
         """Whether nobody writes to it any more."""
-        return not consumer.pushes and not consumer.grants.left_s(self._clock())
+        return not consumer.pushes and not self._leases_left_s(consumer)
+
+    def _leases_left_s(self, consumer: Consumer) -> float:
+        """Seconds until every lease to write to it has run out or was ended."""
+        now = self._clock()
+        return max(consumer.grants.left_s(now), self._earlier_until_s - now, 0.0)
 
     def _end(self, consumer: Consumer) -> None:
         """Let no push begin, and wait for those under way, and for leases to end or to run out."""
         consumer.is_over = True
         give_up_at = self._clock() + QUIET_WAIT_S
         while not self._is_quiet(consumer) and (left_s := give_up_at - self._clock()) > 0:
-            leases_s = consumer.grants.left_s(self._clock())
-            self._changed.wait(min(left_s, leases_s or left_s))
+            self._changed.wait(min(left_s, self._leases_left_s(consumer) or left_s))
         if not self._is_quiet(consumer):
             raise Unavailable(
                 f"consumer {consumer.id!r} is still being written to: no new push begins; ask again before its memory "

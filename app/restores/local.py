@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+
+import numpy as np
 
 from app.documents import FailedExpert, RestoreDocument, RestoreTarget
 from app.node.node import Node
@@ -22,13 +24,23 @@ FAILED_LISTED_MAX = 1000
 _log = logging.getLogger("hotspare.restores")
 
 
+class Wanted:
+    """Experts that a request named, in as few bytes as they take: a request may name 131,072, and many may wait."""
+
+    def __init__(self, experts: Iterable[ExpertKey]) -> None:
+        self._pairs = np.array([(key.layer, key.expert) for key in experts], dtype=np.int32)
+
+    def keys(self) -> tuple[ExpertKey, ...]:
+        return tuple(ExpertKey(layer, expert) for layer, expert in self._pairs.tolist())
+
+
 @dataclass(slots=True)
 class LocalRestore:
     """A restore that this node does: into its own segment, or with `push`, into a consumer's memory."""
 
     id: str
     node_id: str
-    experts: tuple[ExpertKey, ...] | None
+    wanted: Wanted | None
     kinds: Collection[SourceKind]
     push: ConsumerPush | None = None
     progress: Progress = field(default_factory=Progress)
@@ -49,10 +61,13 @@ class LocalRestore:
         finally:
             with self._lock:
                 self._running = None  # it maps the memory it wrote to, and a restore is remembered for long
+            self.wanted = None
+            self.progress.forget_failed(FAILED_LISTED_MAX)
             self.finished.set()
 
     def _run(self, target: Node | ConsumerPush) -> None:
-        restore = target.plan_restore(self.experts, self.kinds, self.progress)
+        experts = None if self.wanted is None else self.wanted.keys()
+        restore = target.plan_restore(experts, self.kinds, self.progress)
         with self._lock:
             self._running = restore
             if self.is_over:  # cancelled while it was planned
@@ -86,7 +101,7 @@ class LocalRestore:
                 FailedExpert(layer=f.key.layer, expert=f.key.expert, reason=f.reason)
                 for f in report.failed[:FAILED_LISTED_MAX]
             ],
-            failed_total=len(report.failed),
+            failed_total=self.progress.failed_total,
             error=report.error,
             created_at=_time(report.created_at),
             started_at=None if report.started_at is None else _time(report.started_at),

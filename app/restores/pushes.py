@@ -303,6 +303,7 @@ class ConsumerPush:
             destination,
             manifest.keys.__getitem__,
             progress,
+            settle=self.node.writer.fence,
             reasons=offered.reasons,
         )
 
@@ -313,11 +314,13 @@ class ConsumerPush:
     def run(self, restore: Restore) -> None:
         """Run a planned restore to its end, and note on the consumer whether it answered.
 
-        The registration is not taken back before writes that were given up on have ended, too.
+        It is not over, and the registration is not taken back, before writes that were given up on have ended, too.
         """
         with self.hold():
-            restore.run()
-            self.node.writer.fence()
+            try:
+                restore.run()
+            finally:
+                self.node.writer.fence()
         health = self._destination.health if self._destination is not None else None
         if health is not None and (health.answered or health.error):
             self.consumer.error = health.error

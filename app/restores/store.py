@@ -6,6 +6,7 @@ into this node's segment run one after the other, in a thread of their own, and 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import uuid
@@ -18,10 +19,11 @@ from itertools import chain
 from app.cluster.membership import Peer, PeerState
 from app.cluster.peers import PeerClient
 from app.documents import RestoreDocument, RestoreRequest
-from app.errors import Conflict, NotFound, Unavailable
+from app.errors import Conflict, NotFound, PeerFailed, Unavailable
 from app.node.node import Node
 from app.restores.consumers import Consumer, ConsumerStore
-from app.restores.local import LocalRestore
+from app.restores.crowd import Crowd
+from app.restores.local import LocalRestore, Wanted
 from app.restores.pushes import ConsumerPush
 from app.restores.remote import RETRY_AFTER_S, RemoteRestore
 from app.restores.worker import Worker
@@ -47,9 +49,11 @@ class RestoreStore:
         self._client = client
         self._consumers = consumers or ConsumerStore()
         self._kept: OrderedDict[str, AnyRestore] = OrderedDict()
-        self._by_key: dict[str, tuple[RestoreRequest, str]] = {}
+        self._by_key: dict[str, tuple[bytes, str]] = {}
+        """Idempotency key → digest of the request, and the restore that it made."""
         self._forgotten_bytes: Counter[str] = Counter()
         self.workers = {"node": Worker("hotspare-restore", node), "consumer": Worker("hotspare-push", node)}
+        self._crowd = Crowd()
         self._lock = threading.Lock()
         self._keys_taken: set[str] = set()
         self._keys_changed = threading.Condition()
@@ -68,6 +72,7 @@ class RestoreStore:
                 restore.cancel()
         for worker in self.workers.values():
             worker.stop()
+        self._crowd.stop()
 
     # -- asking for one --------------------------------------------------------------------------------------
 
@@ -79,10 +84,11 @@ class RestoreStore:
         """
         if key is None:
             return self._start(request, key).document()
+        said = hashlib.sha256(request.model_dump_json().encode()).digest()
         with self._turn(key):  # two requests with one key at the same time make one restore
-            restore = self._made_with(key, request) or self._start(request, key)
+            restore = self._made_with(key, said) or self._start(request, key)
             with self._lock:
-                self._by_key[key] = (request, restore.id)
+                self._by_key[key] = (said, restore.id)
         return restore.document()
 
     @contextmanager
@@ -105,12 +111,12 @@ class RestoreStore:
                 self._keys_taken.remove(key)
                 self._keys_changed.notify_all()
 
-    def _made_with(self, key: str, request: RestoreRequest) -> AnyRestore | None:
+    def _made_with(self, key: str, said: bytes) -> AnyRestore | None:
         """The restore that this key made, if it is remembered. Raises Conflict if it was for another request."""
         with self._lock:
-            earlier, restore_id = self._by_key.get(key, (request, ""))
+            earlier, restore_id = self._by_key.get(key, (said, ""))
             restore = self._kept.get(restore_id)
-        if earlier != request:
+        if earlier != said:
             raise Conflict(f"Idempotency-Key {key!r} was used for another request: take a new one")
         return restore
 
@@ -133,6 +139,9 @@ class RestoreStore:
     def _send(self, peer: Peer, request: RestoreRequest, key: str | None) -> RemoteRestore:
         remote = RemoteRestore.send(self._client, peer, request, key)
         with self._lock:
+            known = self._kept.get(remote.id)
+            if known is not None and not (isinstance(known, RemoteRestore) and known.url == remote.url):
+                raise PeerFailed(f"node {peer.node_id} gives restore {remote.id!r} an id that is another's already")
             self._keep(remote)
         return remote
 
@@ -141,7 +150,8 @@ class RestoreStore:
         holding = self._node.holding
         if experts is not None and holding is not None:  # else it will ask its peers for a manifest first
             holding.rows_of(experts)
-        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds)
+        wanted = None if experts is None else Wanted(experts)
+        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, wanted, kinds)
         return self._enqueue(self.workers["node"], restore)
 
     def _start_push(
@@ -157,7 +167,8 @@ class RestoreStore:
         end_lease = partial(self._consumers.end_lease, consumer)
         push = ConsumerPush(self._node, self._client, consumer, hold, end_lease, self.mend, read_back)
         push.rows_of(experts)
-        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, experts, kinds, push)
+        wanted = None if experts is None else Wanted(experts)
+        restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, wanted, kinds, push)
         return self._enqueue(self.workers["consumer"], restore)
 
     def mend(self, experts: Sequence[ExpertKey]) -> None:
@@ -185,8 +196,12 @@ class RestoreStore:
 
     def _peer_of_consumer(self, consumer_id: str) -> Peer | None:
         """The peer that a consumer is registered with; None if none that answers knows it."""
-        answering = (p for p in self._node.cluster.peers() if p.state is PeerState.ALIVE and p.conflict is None)
-        return next((peer for peer in answering if self._client.has_consumer(peer.url, consumer_id)), None)
+        answering = [p for p in self._node.cluster.peers() if p.state is PeerState.ALIVE and p.conflict is None]
+        said = self._crowd.ask(partial(self._with_consumer, peer, consumer_id) for peer in answering)
+        return next((peer for peer in said if peer is not None), None)
+
+    def _with_consumer(self, peer: Peer, consumer_id: str) -> Peer | None:
+        return peer if self._client.has_consumer(peer.url, consumer_id) else None
 
     def _keep(self, restore: AnyRestore) -> None:
         """Remember it, and forget one in its place if there are too many: of those here only one that is over."""
@@ -215,15 +230,13 @@ class RestoreStore:
 
     def documents(self) -> list[RestoreDocument]:
         """All of them, newest first, each with the first FAILED_IN_LIST_MAX of its failed blocks."""
-        silent: set[str] = set()  # nodes that do not answer are asked once, not for each of their restores
-        found = []
-        for restore in self.all():
-            if isinstance(restore, RemoteRestore) and restore.url in silent:
-                found.append(restore.last)
-                continue
-            found.append(restore.document())
-            if isinstance(restore, RemoteRestore) and not restore.answers:
-                silent.add(restore.url)
+        restores = self.all()
+        by_node: dict[str, list[RemoteRestore]] = {}
+        for restore in restores:
+            if isinstance(restore, RemoteRestore):
+                by_node.setdefault(restore.url, []).append(restore)
+        list(self._crowd.ask(partial(_refresh, each) for each in by_node.values()))
+        found = [restore.told() if isinstance(restore, RemoteRestore) else restore.document() for restore in restores]
         newest_first = sorted(found, key=lambda document: document.created_at, reverse=True)
         return [d.model_copy(update={"failed": d.failed[:FAILED_IN_LIST_MAX]}) for d in newest_first]
 
@@ -235,3 +248,13 @@ class RestoreStore:
                 if isinstance(restore, LocalRestore):
                     total.update(restore.progress.report().bytes_by_source)
         return total
+
+
+def _refresh(restores: Sequence[RemoteRestore]) -> None:
+    """Have news of those of one node. One that does not answer is asked once, and not for each of them."""
+    for restore in restores:
+        restore.refresh()
+        if restore.silence is not None:
+            for each in restores:
+                each.silence = None if each.is_over else restore.silence
+            return

@@ -13,10 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from app.api.application import create_app
 from app.api.context import Context
+from app.api.server import make_server
 from app.settings import Settings
 from transfer.engine import MooncakeEngine
 
@@ -44,7 +44,7 @@ class Live:
 def _served(app: Any) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        server = make_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

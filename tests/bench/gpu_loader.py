@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from gpu_restore import (
-    BARE_COPY,
     LOADER_THREADS,
     SHAPES,
     Figures,
-    bare_copy,
     best,
     in_turn,
     load_with_safetensors,
@@ -30,6 +29,14 @@ from transfer import Loader
 
 DEVICE = "cuda:0"
 LOAD = "Loader, local segment, verified"
+STREAM = "Loader.tensors, each copied once more on the device"
+BARE = "bare copy of torch's page-locked memory"
+
+
+def stream(loader: Loader) -> None:
+    """As an engine does: each tensor is copied to its place, and dropped."""
+    for _, tensor in loader.tensors(device=DEVICE):
+        tensor.clone()
 
 
 def drop() -> None:
@@ -60,12 +67,12 @@ def measure(made: Bench, shape: str, nbytes: int) -> dict[str, float]:
             assert not wrong
             loaded.clear()
             drop()
-            attachment = loader._around.segment.attachment
-            assert attachment is not None
-            copy = bare_copy(attachment, figures.nbytes)
-            figures.add_all(in_turn({BARE_COPY: copy, LOAD: lambda: loader.load(device=DEVICE)}))
-            del copy
+            pinned = torch.empty(figures.nbytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+            to = torch.empty(figures.nbytes, dtype=torch.uint8, device=DEVICE)
+            figures.add_all(in_turn({BARE: partial(to.copy_, pinned, True), LOAD: partial(loader.load, device=DEVICE)}))
+            del pinned, to
             drop()
+            figures.add(STREAM, best(partial(stream, loader)))
     for threads in LOADER_THREADS:
         taken = best(lambda threads=threads: load_with_safetensors(files, threads), 2)
         figures.add(f"safetensors load_file, warm, {threads} threads", taken)
@@ -73,7 +80,7 @@ def measure(made: Bench, shape: str, nbytes: int) -> dict[str, float]:
         file.unlink()
     loads = [f"safetensors load_file, warm, {threads} threads" for threads in LOADER_THREADS]
     figures.rates["best"] = max(figures.rates[load] for load in loads)
-    figures.ratio("loader / bare page-locked copy", LOAD, BARE_COPY, 0.9)
+    figures.ratio("loader / bare page-locked copy", LOAD, BARE, 0.9)
     figures.ratio("loader / best safetensors", LOAD, "best", 1.2)
     figures.ratio("loader / safetensors, 1 thread", LOAD, loads[0], 5)
     return figures.rates

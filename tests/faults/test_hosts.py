@@ -22,6 +22,8 @@ ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 ADDRESSES_V6 = {"a": "fd77::1", "b": "fd77::2"}
 PORT = 8470
 SLOW = "12mbit"  # so that half a checkpoint takes some seconds
+VERY_SLOW = "1mbit"  # so that a transfer of some blocks takes longer than it is given
+IDLE_NBYTES = 20_000  # what it sends in some seconds, of a word a second
 SENT_NBYTES = 400_000  # of them, when a host goes dark
 MC_TIMEOUT_S = "5"  # the least it takes
 _numbers = itertools.count()
@@ -47,6 +49,16 @@ with httpx.Client(base_url=url, trust_env=False) as http, Restorer(url, checkpoi
     restorer.bind(slots)
     print("session", restorer.session_id, flush=True)
     for line in sys.stdin:
+        if line.strip() == "take back":
+            done = {"status": http.delete("/v1/consumers/rank", timeout=60).status_code}
+            for tensor in held.values():
+                tensor.view(torch.uint8).fill_(0x5A)
+            print("done", json.dumps(done), flush=True)
+            continue
+        if line.strip() == "intact":
+            done = {"strange": sum(int((tensor.view(torch.uint8) != 0x5A).sum()) for tensor in held.values())}
+            print("done", json.dumps(done), flush=True)
+            continue
         for tensor in held.values():
             tensor.view(torch.uint8).fill_(0xA5)
         if line.strip() == "restore":
@@ -92,25 +104,20 @@ class Hosts:
             self.close()
             raise
 
-    def slow_down(self, host: str) -> None:
+    def slow_down(self, host: str, rate: str = SLOW) -> None:
         """Let it send only so much."""
-        shape = ["tbf", "rate", SLOW, "burst", "32kb", "latency", "400ms"]
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            self.names[host],
-            "tc",
-            "qdisc",
-            "add",
-            "dev",
-            self._ends[host],
-            "root",
-            *shape,
-        ]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"this kernel cannot slow a link down: {done.stderr.strip()}")
+        shape = ["tbf", "rate", rate, "burst", "32kb", "latency", "400ms"]
+        try:
+            self._tc(host, "replace", *shape)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this kernel cannot slow a link down: {error.stderr.strip()}")
+
+    def free(self, host: str) -> None:
+        """Let it send as much as it can again."""
+        self._tc(host, "del")
+
+    def _tc(self, host: str, verb: str, *shape: str) -> None:
+        self._ip("netns", "exec", self.names[host], "tc", "qdisc", verb, "dev", self._ends[host], "root", *shape)
 
     def sent_nbytes(self, host: str) -> int:
         said = self._ip("-n", self.names[host], "-s", "-j", "link", "show", self._ends[host])
@@ -232,3 +239,22 @@ def test_a_node_is_filled_from_another_host_whatever_the_address_is_like(
     assert "from peer" in from_peer.expect("b is ready after")
     assert "--data-host" not in from_peer.stop()[2]
     assert filled.stop()[0] == 0
+
+
+def test_over_a_slow_link_nothing_is_written_after_the_registration_was_taken_back(
+    hosts: Hosts, rank: Callable[..., Any], wait_until: Callable[..., Any]
+) -> None:
+    """The other host's writes are given up on; the disk takes its place, the restore succeeds, DELETE is answered, and
+    the memory, which stays registered, is used for something else."""
+    asking = rank()
+    asking.expect("session")
+    assert done(asking, "push")["by"]["disk"] == 0
+    hosts.slow_down("b", VERY_SLOW)
+    found = done(asking, "push")
+    assert (found["state"], found["same"]) == ("succeeded", True), found
+    assert found["by"]["disk"] > 0, "the other host was in time: nothing was given up on"
+    assert done(asking, "take back")["status"] == 204
+    hosts.free("b")
+    before = hosts.sent_nbytes("b")
+    wait_until(lambda: hosts.sent_nbytes("b") > before + IDLE_NBYTES, "it has gone on asking how its peer is")
+    assert done(asking, "intact")["strange"] == 0

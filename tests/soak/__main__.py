@@ -6,6 +6,7 @@ Each round is drawn from seed and number alone, so that one can be run again wit
 anything was found wrong.
 """
 
+# ruff: noqa: T201 - what it prints is what it is for
 from __future__ import annotations
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from tests.soak.campaigns import CAMPAIGNS, run_campaign
 from tests.soak.ground import Ground, interrupt_on_sigterm
+from tests.soak.slow_link import why_not
 
 SEED_MAX = 1 << 32
 INTERRUPTED = 130
@@ -30,10 +32,14 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.campaigns) - set(CAMPAIGNS):
         parser.error(f"no campaign called {', '.join(sorted(unknown))}: choose of {', '.join(CAMPAIGNS)}")
+    names = list(options.campaigns or CAMPAIGNS)
+    if "slow" in names and (reason := why_not()):
+        print(f"slow: left out: {reason}", flush=True)
+        names.remove("slow")
     interrupt_on_sigterm()
     found = 0
     with Ground() as ground:
-        for name in options.campaigns or CAMPAIGNS:
+        for name in names:
             tally = run_campaign(
                 ground, name, options.seed, minutes=options.minutes, only=options.round, keep=options.keep
             )

@@ -21,6 +21,7 @@ CAMPAIGNS: Mapping[str, Round] = {
     "pauses": pauses.run_round,
     "given-back": partial(pauses.run_round, word="unregister"),
     "deleted": partial(pauses.run_round, word="DELETE"),
+    "slow": pauses.run_slow_round,
     "flips": flips.run_round,
     "contents": contents.run_round,
     "kills": kills.run_round,

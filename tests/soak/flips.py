@@ -21,7 +21,7 @@ from tests.soak.tally import Tally
 
 NODES = ("n0", "n1")
 SUBJECT = "n0"
-AT_REST = 40  # flips of a round with no daemon there
+AT_REST_PER_S = 10  # flips with no daemon there, for each second of flips under one, of which each takes some
 ADOPTIONS = 2  # of a round, by a daemon
 MENDED_WITHIN_S = 90.0  # what could not be mended at once is tried again after 30
 
@@ -47,7 +47,7 @@ class Scene:
         while time.monotonic() < end:
             self._flip_alive()
         self._nodes[SUBJECT].stop()
-        for _ in range(AT_REST):
+        for _ in range(int(AT_REST_PER_S * seconds)):
             self._flip_at_rest()
         for _ in range(ADOPTIONS):
             self._flip_and_adopt()

@@ -56,13 +56,24 @@ class Traced:
         return start_anew([*strace, "-e", inject, sys.executable, *command], streams, env=environment)
 
 
-class Field:
-    """One round's nodes, files and segments."""
+class Elsewhere:
+    """Forks into another network. Takes the place of a `Zygote`."""
 
-    def __init__(self, ground: Ground, directory: Path) -> None:
+    def __init__(self, zygote: Zygote, network: str) -> None:
+        self._zygote, self._network = zygote, network
+
+    def fork(self, command: Sequence[str], streams: Sequence[int], environment: Mapping[str, str]) -> Process:
+        return self._zygote.fork(command, streams, environment, network=self._network)
+
+
+class Field:
+    """One round's nodes, files and segments. `network` is the path of the network that its processes are in."""
+
+    def __init__(self, ground: Ground, directory: Path, network: str = "") -> None:
         self.namespace = f"soak{os.getpid()}x{next(_numbers)}"
         self.directory = directory
         self._ground = ground
+        self._network = network
         self._daemons: list[Daemon] = []
         self._children: list[Child] = []
         self._ports: dict[str, int] = {}
@@ -90,7 +101,7 @@ class Field:
             arguments += ["--checkpoint", str(checkpoint)]
         for name, value in options.items():
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-        zygote: Any = traced or self._ground.node_zygote
+        zygote: Any = traced or Elsewhere(self._ground.node_zygote, self._network)
         daemon = Daemon(node, self.port(node), arguments, QUICK, self.log(node), zygote)
         self._daemons.append(daemon)
         return daemon
@@ -99,7 +110,8 @@ class Field:
         """A process with torch that runs `-m module`; it is killed when the round ends."""
         environment = {**os.environ, **QUICK}
         command = ["-m", module, *map(str, arguments)]
-        self._children.append(Child(lambda to: self._ground.torch_zygote.fork(command, to, environment)))
+        zygote = Elsewhere(self._ground.torch_zygote, self._network)
+        self._children.append(Child(lambda to: zygote.fork(command, to, environment)))
         return self._children[-1]
 
     def log(self, node: str) -> Path:
@@ -181,10 +193,10 @@ class Ground:
         return self._checkpoints[asked]
 
     @contextmanager
-    def field(self, keep: Path | None = None) -> Iterator[Field]:
+    def field(self, keep: Path | None = None, network: str = "") -> Iterator[Field]:
         """A place for one round. Its logs are copied into `keep`."""
         directory = Path(tempfile.mkdtemp(dir=self.directory))
-        made = Field(self, directory)
+        made = Field(self, directory, network)
         try:
             yield made
         finally:

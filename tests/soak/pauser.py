@@ -29,7 +29,7 @@ class Pauser:
         self._paused = paused
         self._asleep: dict[str, tuple[float, int]] = {}
         """Name → when it is to be woken, and its process."""
-        self._asleep_max = chance.randint(1, len(pids()))
+        self._asleep_max = chance.randint(1, max(1, len(pids())))
         self._spared: set[str] = set()
         self._next_s = time.monotonic()
         self._is_over = False

@@ -6,6 +6,8 @@ block wrong that nobody spoiled. At the end all are awake, and everything is men
 
 With a `word`, the rank takes its registration back at any moment and uses the memory for something else: from that word
 on no byte of it may change. The word is the library's own (`Restorer.unregister`), or `DELETE` alone.
+
+Over a slow link much of what is asked for is given up on, and goes on arriving: then the same must hold.
 """
 
 from __future__ import annotations
@@ -28,11 +30,21 @@ from tests.soak.images import expected_blocks, flip, look, manifest_of
 from tests.soak.pauser import Pauser
 from tests.soak.rank import RankProcess
 from tests.soak.slots_scene import Key, SlotsScene, some_of
+from tests.soak.slow_link import SlowLink, slow_link
 from tests.soak.tally import Tally
 
 NODES = ("n0", "n1", "n2")
 HOME = NODES[0]  # the rank's own node
 SCALE = 0.12  # blocks of 0.8 MB: a restore of a node takes a moment
+SLOW_SCALE = 0.06  # and of 0.2 MB
+SLOW_MBIT_PER_S = (
+    1,
+    3,
+    10,
+    10,
+    30,
+    100,
+)  # with 10, a restore of all takes six seconds, and a transfer is given up after two
 SETTLE_WITHIN_S = 180.0  # of a stopped process the engine waits a minute for the first word
 ANSWER_WITHIN_S = 3.0
 STOP_WITHIN_S = 15.0
@@ -43,9 +55,17 @@ HIDDEN = re.compile(r"expert (\d+) of layer (\d+) does not match its checksum: i
 class Scene:
     """One round."""
 
-    def __init__(self, ground: Ground, field: Field, chance: random.Random, tally: Tally, word: str | None) -> None:
-        self._field, self._chance, self._tally, self._word = field, chance, tally, word
-        self._checkpoint = ground.checkpoint(chance.randrange(5), scale=SCALE)
+    def __init__(
+        self,
+        ground: Ground,
+        field: Field,
+        chance: random.Random,
+        tally: Tally,
+        word: str | None,
+        link: SlowLink | None = None,
+    ) -> None:
+        self._field, self._chance, self._tally, self._word, self._link = field, chance, tally, word, link
+        self._checkpoint = ground.checkpoint(chance.randrange(5), scale=SCALE if link is None else SLOW_SCALE)
         self._expected = expected_blocks(self._checkpoint)
         self._keys: list[Key] = [(key.layer, key.expert) for key in manifest_of(self._checkpoint).keys]
         self._poor = chance.choice([None, *NODES[1:]])  # a node without a checkpoint
@@ -60,7 +80,11 @@ class Scene:
         rank = RankProcess(field.python("tests.soak.rank", self._checkpoint, self._nodes[HOME].url))
         self._slots = SlotsScene(rank, self._keys, word, tally)
         self._slots.register(self._nodes[HOME])
-        self._pauser = Pauser(random.Random(chance.random()), self._pids, self._paused)
+        # A node that is stopped in the middle of a write goes on with it, whatever DELETE said: over a slow link that
+        # is the rule, and only ending the engine that takes the writes helps, as `unregister` does.
+        is_calm = link is not None and word == "DELETE"
+        pids: Callable[[], dict[str, int]] = dict if is_calm else self._pids
+        self._pauser = Pauser(random.Random(chance.random()), pids, self._paused)
 
     # -- who is there ----------------------------------------------------------------------------------------
 
@@ -90,6 +114,9 @@ class Scene:
         }  # fmt: skip
         if self._word is not None:
             acts |= {self._give_back: 5, self._take: 3}
+        if self._link is not None:
+            acts |= {self._slow_down: 4}
+            self._slow_down()
         end = time.monotonic() + seconds
         try:
             while time.monotonic() < end:
@@ -97,6 +124,8 @@ class Scene:
                 time.sleep(self._chance.choice((0, 0, self._chance.uniform(0, 1))))
         finally:
             self._pauser.close()
+            if self._link is not None:
+                self._link.free()
         self._settle()
 
     def _body(self) -> dict[str, Any]:
@@ -121,8 +150,9 @@ class Scene:
         self._tally.note(f"restores {node} by {asked}: {status}")
 
     def _spoil(self) -> None:
-        """Flip a bit of one, some or all blocks of a node."""
-        node = self._chance.choice(NODES)
+        """Flip a bit of one, some or all blocks of a node; rather of one that sleeps, maybe with answers under way."""
+        asleep = [node for node in NODES if self._pauser.is_asleep(node)]
+        node = self._chance.choice(asleep if asleep and self._chance.random() < 0.5 else NODES)
         here = look(self._field.namespace, node)
         rows = here.published() if here is not None and here.is_sealed else []
         if here is None or not rows:
@@ -148,6 +178,8 @@ class Scene:
                 self._flipped = {each for each in self._flipped if each[0] != node}
             self._tally.note(f"{'kills' if is_killed else 'stops'} {node}{' and loses its memory' if is_lost else ''}")
             self._start(node)
+            if node == HOME:
+                self._slots.home_is_restarted()
 
     def _stop(self, node: str) -> bool:
         self._nodes[node].process.terminate()
@@ -157,6 +189,13 @@ class Scene:
             self._tally.did(f"stops that took over {STOP_WITHIN_S:.0f} s")
             return False
         return True
+
+    def _slow_down(self) -> None:
+        """Give the link another rate."""
+        assert self._link is not None
+        rate = self._chance.choice(SLOW_MBIT_PER_S)
+        self._link.slow_down(rate)
+        self._tally.note(f"slows the link to {rate} Mbit/s")
 
     # -- the rank's slots ------------------------------------------------------------------------------------
 
@@ -195,10 +234,9 @@ class Scene:
     def _look(self) -> None:
         self._look_at_segments()
         self._look_at_logs()
-        self._slots.collect(ANSWER_WITHIN_S)
         if not self._is_rank_asleep:
             self._slots.look_at_pattern()
-            self._slots.look()
+            self._slots.look(self._nodes[HOME])
 
     def _look_at_segments(self) -> None:
         for node in NODES:
@@ -268,3 +306,9 @@ def run_round(
 ) -> None:
     with ground.field(keep) as field:
         Scene(ground, field, chance, tally, word).run(seconds)
+
+
+def run_slow_round(ground: Ground, chance: random.Random, tally: Tally, seconds: float, keep: Path | None) -> None:
+    """Over a slow link; the word is drawn, too."""
+    with slow_link() as link, ground.field(keep, link.path) as field:
+        Scene(ground, field, chance, tally, chance.choice((None, "unregister", "DELETE")), link).run(seconds)

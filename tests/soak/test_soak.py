@@ -21,6 +21,7 @@ from tests.soak import campaigns
 from tests.soak.campaigns import run_campaign
 from tests.soak.ground import Ground
 from tests.soak.images import expected_blocks, flip, look
+from tests.soak.slow_link import why_not
 from tests.soak.tally import Tally
 
 SEED = 3333
@@ -34,7 +35,10 @@ def ground() -> Iterator[Ground]:
     assert not made.directory.exists()
 
 
-@pytest.mark.parametrize("name", ["pauses", "given-back", "flips", "contents", "kills"])
+slow = pytest.param("slow", marks=pytest.mark.skipif(bool(reason := why_not()), reason=reason))
+
+
+@pytest.mark.parametrize("name", ["pauses", "given-back", slow, "flips", "contents", "kills"])
 def test_a_short_campaign_finds_nothing_wrong(ground: Ground, name: str) -> None:
     tally = run_campaign(ground, name, SEED, round_s=ROUND_S)
     assert tally.violations == []

@@ -56,6 +56,12 @@ def test_a_map_of_another_manifest_is_refused(manifest: Manifest) -> None:
         {"layer": 9}, {"layer": "x"}, {"layer": [1]}, {"checksum": "00"}, {"checksum": "no hex"}, {"checksum": None},
         {"replicas": [{}]}, {"replicas": 3}, {"replicas": [3]}, {"replicas": None},
         {"replicas": [{"node_id": "p", "session_id": "s", "address": "x"}]},
+        {"replicas": [{"node_id": "p", "session_id": "s", "address": 1 << 64}]},
+        {"replicas": [{"node_id": "p", "session_id": "s", "address": -1}]},
+        {"replicas": [{"node_id": "p", "session_id": "s", "address": 1e300}]},
+        {"replicas": [{"node_id": ["p"], "session_id": "s", "address": 3}]},
+        {"replicas": [{"node_id": "p", "session_id": "s" * 601, "address": 3}]},
+        {"layer": 1e300}, {"layer": True, "expert": 1 << 70},
     ],
     ids=str,
 )  # fmt: skip

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 from shm.block import ExpertKey
 from shm.errors import ManifestError
 from shm.manifest import Manifest
-from transfer.client.http import DOCUMENT_TIMEOUT_S, NodeHttp, NodeRefused, NodeUnreachable, host_and_port, quoted
+from transfer.client.http import (
+    DOCUMENT_TIMEOUT_S,
+    MANIFEST_NBYTES_MAX,
+    REPORT_NBYTES_MAX,
+    NodeHttp,
+    NodeRefused,
+    NodeUnreachable,
+    host_and_port,
+    map_nbytes_max,
+    quoted,
+)
 from transfer.client.pinned_content import PinnedContent
 from transfer.shard_map import Mapped, read_shard_map
 
@@ -65,7 +75,7 @@ class ControlPlane:
 
     def node(self, url: str) -> NodeAccount:
         """What a node says of itself. Raises NodeUnreachable, also where it says it otherwise than a node does."""
-        said = self._http.document(f"{url}/v1/node")
+        said = self._http.document(f"{url}/v1/node", nbytes_max=REPORT_NBYTES_MAX)
         texts = {name: _text(said, name, url) for name in ("model", "namespace", "node_id", "session_id", "segment")}
         unproved = said.get("blocks_unproved")
         if type(unproved) is not int:
@@ -74,11 +84,8 @@ class ControlPlane:
 
     def learn(self, url: str) -> str:
         """Remember the nodes that this one knows; returns its own id. Raises NodeUnreachable."""
-        nodes = self._http.document(f"{url}/v1/nodes").get("nodes")
-        if not isinstance(nodes, list):
-            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: its nodes are {nodes!r:.40}, no list")
         own = ""
-        for node in (each for each in nodes if isinstance(each, dict)):
+        for node in self._nodes(url):
             node_id, peer = _text(node, "node_id", url), _text(node, "url", url).rstrip("/")
             if node.get("self"):
                 own = node_id
@@ -87,6 +94,12 @@ class ControlPlane:
                 if peer not in self.urls:
                     self.urls.append(peer)
         return own
+
+    def _nodes(self, url: str) -> list[dict[str, Any]]:
+        nodes = self._http.document(f"{url}/v1/nodes").get("nodes")
+        if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
+            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: its nodes are no list of objects")
+        return nodes
 
     def silent(self, node_ids: Iterable[str]) -> set[str]:
         """Those of the nodes that are known not to answer now: asking takes ANSWER_TIMEOUT_S at most, all at once.
@@ -132,17 +145,23 @@ class ControlPlane:
 
     def manifest(self, url: str) -> Manifest:
         """A node's manifest, checked against its digest. Raises NodeUnreachable or ManifestError."""
-        return Manifest.from_json(self._http.document(f"{url}/v1/manifest", timeout=DOCUMENT_TIMEOUT_S))
+        path, limit = f"{url}/v1/manifest", MANIFEST_NBYTES_MAX
+        return Manifest.from_json(self._http.document(path, timeout=DOCUMENT_TIMEOUT_S, nbytes_max=limit))
 
     def shard_map(self, url: str, manifest: Manifest, content: PinnedContent) -> dict[int, Mapped]:
         """Manifest row → who has the block, as this node knows it.
 
         Raises NodeUnreachable, RestoreError for a node of other content.
         """
-        document = self._http.document(f"{url}/v1/shard-map", params={"scope": "cluster"}, timeout=DOCUMENT_TIMEOUT_S)
+        document = self._http.document(
+            f"{url}/v1/shard-map",
+            params={"scope": "cluster"},
+            timeout=DOCUMENT_TIMEOUT_S,
+            nbytes_max=map_nbytes_max(len(manifest)),
+        )
         if document.get("manifest_digest") != manifest.digest:
             raise NodeUnreachable(
-                f"{url} keeps {document.get('model')} from another checkpoint: nothing is taken of it"
+                f"{url} keeps {document.get('model')!r:.200} from another checkpoint: nothing is taken of it"
             )
         content.agree(_digest(document, url), url)
         try:

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shm.attachment import Attachment
+from shm.block import NBYTES_MAX
 from shm.checksum import checksum
 from shm.errors import BlockUnavailable, HotspareError
 from shm.manifest import Manifest
+from transfer.checkpoint import Checkpoint
 from transfer.client.bound_slots import CPU, BoundTable, ring
 from transfer.client.catalogue import Assembler, Catalogue, windows
 from transfer.client.control_plane import ControlPlane
@@ -40,7 +45,8 @@ from transfer.sources import SourceKind
 if TYPE_CHECKING:
     import torch
 
-WINDOW_NBYTES = 2 << 30  # brought at a time; while one is handed out, the next is under way
+WINDOW_NBYTES = 1 << 30
+AHEAD = 2  # windows under way while one is handed out: one begins while another ends
 PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
 VERIFY_THREADS_MAX = 16  # a checksum reaches the memory's speed before that
 MISSING_SHOWN = 3
@@ -67,6 +73,13 @@ class LoadReport:
 
 
 Progress = Callable[[LoadReport], None]
+
+
+class _Brought(NamedTuple):
+    """One window: its blocks by manifest row, the last one first, uint8 [bytes] each; and what was noted."""
+
+    blocks: dict[int, torch.Tensor]
+    tally: Tally
 
 
 class Loader:
@@ -102,6 +115,8 @@ class Loader:
         self._around = Surroundings(self._control, self._disk, model, namespace, node)
         self._lease = EngineLease(engine, engine_host, transport, self._control.address)
         self._staging: Staging | None = None
+        self._starting, self._reading = threading.Lock(), threading.Lock()
+        """Held by a window while it has the engine started, or the files looked at."""
         self.report = LoadReport(0, {}, 0.0, ())
         """Of the load that is under way, or the last one."""
 
@@ -125,15 +140,22 @@ class Loader:
     def load(
         self, wanted: Wanted | None = None, *, device: str = CPU, progress: Progress | None = None
     ) -> dict[str, torch.Tensor]:
-        """Every tensor that is wanted, by its name. As `tensors`."""
-        return dict(self.tensors(wanted, device=device, progress=progress))
+        """Every tensor that is wanted, by its name, brought all at once. As `tensors`."""
+        return dict(self.tensors(wanted, device=device, progress=progress, window_nbytes=NBYTES_MAX))
 
     def tensors(
-        self, wanted: Wanted | None = None, *, device: str = CPU, progress: Progress | None = None
+        self,
+        wanted: Wanted | None = None,
+        *,
+        device: str = CPU,
+        progress: Progress | None = None,
+        window_nbytes: int = WINDOW_NBYTES,
     ) -> Iterator[Named]:
         """Hand out each tensor whose name is wanted, all by default, on a device; in no promised order.
 
-        `progress` is called with a LoadReport after every window of WINDOW_NBYTES, and at the end.
+        What does not lie in this host's memory as it is asked for is brought in windows of `window_nbytes` bytes, one
+        or two ahead: memory that is free again once the window's tensors are. `progress` is called with a LoadReport
+        after each, and at the end.
 
         Raises RestoreError for tensors that neither memory nor files have, and EngineError for a device that cannot be
         used. Nothing else that a node, a segment, a peer or a file does is raised while the others have what is wanted.
@@ -143,7 +165,7 @@ class Loader:
         manifest = self._find(count.tally)
         catalogue = None if manifest is None else Catalogue(manifest, wanted)
         if manifest is not None and catalogue is not None:
-            yield from self._from_memory(manifest, catalogue, device, count)
+            yield from self._from_memory(manifest, catalogue, device, count, window_nbytes)
         yield from self._from_files(catalogue.all_names if catalogue else frozenset(), wanted, device, count)
         count.end()
 
@@ -163,7 +185,9 @@ class Loader:
 
     # -- from memory -----------------------------------------------------------------------------------------
 
-    def _from_memory(self, manifest: Manifest, catalogue: Catalogue, device: str, count: _Count) -> Iterator[Named]:
+    def _from_memory(
+        self, manifest: Manifest, catalogue: Catalogue, device: str, count: _Count, window_nbytes: int
+    ) -> Iterator[Named]:
         assembler = Assembler(catalogue, device)
         missing = list(catalogue.parts)
         if device == CPU and (attachment := self._around.segment.attachment) is not None:
@@ -174,12 +198,13 @@ class Loader:
             self._tell(manifest, {None: wrong}, count.tally)
             here = set(attachment.held(missing)) - set(wrong)
             missing = [row for row in missing if row not in here]
-        with ThreadPoolExecutor(1, "hotspare-load") as ahead:
-            bring = partial(self._bring, manifest, device, count.tally)
-            for rows, blocks in _one_ahead(ahead, bring, windows(manifest, missing, WINDOW_NBYTES)):
-                count.tell()
-                for row in rows:
-                    yield from count.each(assembler.add(row, blocks.pop(row)))
+        self._prepare(manifest, missing, device, count.tally)
+        bring = partial(self._bring, manifest, device)
+        with ThreadPoolExecutor(AHEAD, "hotspare-load") as pool:
+            for brought in _ahead(pool, bring, windows(manifest, missing, window_nbytes)):
+                count.merge(brought.tally)
+                while brought.blocks:
+                    yield from count.each(assembler.add(*brought.blocks.popitem()))
 
     def _in_place(
         self, attachment: Attachment, rows: Sequence[int], wrong: list[int]
@@ -210,22 +235,30 @@ class Loader:
         is_owner = owner == (attachment.name.node, attachment.name.object_name, attachment.content_digest)
         return is_owner and said.blocks_unproved == 0
 
-    def _bring(self, manifest: Manifest, device: str, tally: Tally, rows: list[int]) -> dict[int, torch.Tensor]:
-        """Bring blocks into memory of their own; by row, uint8 [bytes]. Raises RestoreError for what nobody has."""
+    def _prepare(self, manifest: Manifest, rows: Sequence[int], device: str, tally: Tally) -> None:
+        """What all windows share: the ring, and page-locked memory to copy from."""
+        if not rows:
+            return
+        if self._staging is None or self._staging.is_spent:
+            self._staging = ring(manifest, range(len(manifest)), device)
+        if device != CPU and (attachment := self._around.segment.attachment) is not None:
+            tally.attempt(attachment.pin, rows, device)
+
+    def _bring(self, manifest: Manifest, device: str, rows: list[int]) -> _Brought:
+        """Bring blocks into memory of their own. Raises RestoreError for what nobody has."""
         import torch
 
         offsets, nbytes = offsets_of(manifest, rows)
         memory = torch.empty(max(1, nbytes), dtype=torch.uint8, device=device)
-        if self._staging is None or self._staging.is_spent:
-            self._staging = ring(manifest, list(range(len(manifest))), device)
         bound = BoundTable(whole_blocks(manifest, offsets, memory), device, self._staging)
+        tally = Tally()
         ladder = Ladder(bound, rows, tally)
         self._climb(ladder, bound, tally)
         self._tell(manifest, ladder.wrong, tally)
         if ladder.missing:
             raise RestoreError(_said(manifest, ladder.missing))
         sizes = manifest.nbytes.tolist()
-        return {row: memory[at : at + sizes[row]] for row, at in offsets.items()}
+        return _Brought({row: memory[at : at + sizes[row]] for row, at in reversed(offsets.items())}, tally)
 
     def _climb(self, ladder: Ladder, bound: BoundTable, tally: Tally) -> None:
         attachment = self._around.segment.attachment
@@ -247,12 +280,17 @@ class Loader:
                 note=tally.note,
             )
             found = search.run(ladder.missing)
-            tally.attempt(self._lease.start)
+            with self._starting:
+                tally.attempt(self._lease.start)
             has_disk = attempt == 0 and self._disk.has_files
-            checkpoint = partial(self._disk.of, bound.manifest, self._around.content) if has_disk else None
+            checkpoint = partial(self._checkpoint_of, bound.manifest) if has_disk else None
             fence = self._lease.fence
             if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=False, fence=fence):
                 return
+
+    def _checkpoint_of(self, manifest: Manifest) -> Checkpoint:
+        with self._reading:
+            return self._disk.of(manifest, self._around.content)
 
     def _tell(self, manifest: Manifest, wrong: Mapping[str | None, Sequence[int]], tally: Tally) -> None:
         """Tell who keeps wrong blocks: the node looks at them, and mends them."""
@@ -309,11 +347,17 @@ class _Count:
             self._tensors += 1
             yield each
 
+    def merge(self, tally: Tally) -> None:
+        """Count what a window brought."""
+        for kind, nbytes in tally.report().bytes_by_source.items():
+            self._bytes[kind] += nbytes
+        for note in tally.notes:
+            self.tally.note(note)
+        self.tell()
+
     def tell(self) -> None:
-        brought = self.tally.report().bytes_by_source
-        by_source = {kind: nbytes + brought.get(kind, 0) for kind, nbytes in self._bytes.items()}
         seconds = time.monotonic() - self._began_s
-        self._loader.report = LoadReport(self._tensors, by_source, seconds, tuple(self.tally.notes))
+        self._loader.report = LoadReport(self._tensors, dict(self._bytes), seconds, tuple(self.tally.notes))
         if self._progress is not None:
             self._progress(self._loader.report)
 
@@ -333,20 +377,20 @@ def _is_right(attachment: Attachment, row: int, *, is_proved: bool) -> bool:
         return False
 
 
-def _one_ahead(
-    pool: ThreadPoolExecutor,
-    bring: Callable[[list[int]], dict[int, torch.Tensor]],
-    groups: Iterator[list[int]],
-) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
-    """What is brought of each group, while the next is on its way."""
-    rows = next(groups, None)
-    coming = None if rows is None else pool.submit(bring, rows)
-    while rows is not None and coming is not None:
-        blocks = coming.result()
-        following = next(groups, None)
-        coming = None if following is None else pool.submit(bring, following)
-        yield rows, blocks
-        rows = following
+def _ahead(
+    pool: ThreadPoolExecutor, bring: Callable[[list[int]], _Brought], groups: Iterator[list[int]]
+) -> Iterator[_Brought]:
+    """What is brought of each group, in order, while the next AHEAD are on their way."""
+    coming = deque(pool.submit(bring, rows) for rows in islice(groups, AHEAD))
+    try:
+        while coming:
+            brought = coming.popleft().result()
+            coming.extend(pool.submit(bring, rows) for rows in islice(groups, 1))
+            yield brought
+            del brought  # its memory is the next window's
+    finally:
+        for future in coming:
+            future.cancel()
 
 
 def _said(manifest: Manifest, missing: Mapping[int, Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ are busy, and reading every byte once more took a fifth of the speed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,18 @@ class Workspace:
     alive: tuple[Any, ...]
 
 
+@functools.cache
+def loaded(device: str) -> Kernels:
+    """The kernels, compiled and loaded once a device. Raises DeviceFailed."""
+    return Kernels(Cuda(device), source(), ("add_rounds", "chain"))
+
+
 class DeviceChecksums:
     """Of the slots in a table, which `can_take`. Raises DeviceFailed where the compiler or device memory is wanting."""
 
     def __init__(self, table: SlotTable, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._kernels = Kernels(cuda, source(), ("add_rounds", "chain"))
+        self._kernels = loaded(cuda.device)
         copies, number = table.copies_of(table.rows)
         starts = np.flatnonzero(np.diff(number, prepend=-1) | np.diff(copies["slot"], prepend=0))
         self._subjects = np.zeros(len(starts), SUBJECT)

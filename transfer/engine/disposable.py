@@ -2,8 +2,9 @@
 
 A read that was given up on completes when its peer wakes, minutes later, into whatever lies at that address then; a
 write that a peer had begun goes on to its end, although the memory was unregistered meanwhile (both measured, 0.3.13
-over TCP). Both end with the connections of the engine on our side. So whoever reads from others, or lets others write,
-and has to say one day that nothing arrives any more, does it through an engine of its own, and drops that.
+over TCP). Both end with the connections of the engine on our side, if these throw away what they have not sent
+(`unsent`). So whoever reads from others, or lets others write, and has to say one day that nothing arrives any more,
+does it through an engine of its own, and drops that.
 
 Dropping takes most of a second of the process (Mooncake holds the GIL while it ends), and so does the next start.
 """
@@ -14,9 +15,10 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from transfer.engine.protocol import Copy, TransferEngine
+from transfer.engine.unsent import discarding
 from transfer.errors import TransferFailed
 
 DROP_WAIT_S = 60.0  # for calls under way, each of which the engine gives up by itself
@@ -100,11 +102,13 @@ class DisposableEngine:
         with self._changed:
             if not self._changed.wait_for(lambda: not self._users, DROP_WAIT_S):
                 raise TransferFailed(f"a transfer has not ended within {DROP_WAIT_S:.0f} s", timed_out=True)
-            if self._engine is not None:
-                self._gone.append(weakref.ref(self._engine))
-                self._engine = None
-        if self._are_alive():  # in a circle, or in the frames of an error that somebody keeps
-            gc.collect()
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                self._gone.append(weakref.ref(engine))
+        with discarding() if self._is_tainted else nullcontext():
+            del engine
+            if self._are_alive():  # in a circle, or in the frames of an error that somebody keeps
+                gc.collect()
         if self._are_alive():
             raise TransferFailed("the transfer engine is held by somebody, and what it had under way may still arrive")
         self._is_tainted = False

@@ -1,8 +1,10 @@
 """A consumer's memory as the destination of a restore: this node writes there, out of registered memory of its own.
 
 What lies in the node's segment is sent from where it lies; what comes from elsewhere, from a registered buffer. Every
-block is verified before it is sent. Peers that write to the consumer themselves are asked over HTTP
-(`app.restores.pushes`), and share this destination for whether the consumer answers, and what was said of a block.
+block is verified before it is sent, so that no rotten one gets into a slot, and once more after it: a node may be
+stopped in between for any time, and what rots meanwhile is sent as it is, and reads back as it was sent. Peers that
+write to the consumer themselves are asked over HTTP (`app.restores.pushes`), and share this destination for whether the
+consumer answers, and what was said of a block.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transfer.push.writer import Health, WriteFailed, Writer, buffer, keep_for_e
 PUSH_LIMITS = Limits(1024, 64 << 20)  # of one push, unless one block is larger
 PUSH_LANES = max(2, min(6, (os.cpu_count() or 2) // 2))  # some on the wire while the next are verified
 NOT_SENT = "it is not published there, or was withdrawn while it was sent"
+CHANGED_MEANWHILE = "its bytes changed at the source while they were sent: restore that node to mend it"
 
 
 class ConsumerDestination:
@@ -86,7 +89,8 @@ class ConsumerDestination:
                     wrong[want.row] = "its bytes do not match its checksum at the source: restore that node to mend it"
             good = [block for block in blocks if block.want.row not in wrong]
             try:
-                wrong |= self._write([(block.want.row, block.address) for block in good])
+                failed = self._write([(want, address, recorded) for want, address, recorded, _ in good])
+                corrupt += [row for row, why in failed.items() if why == CHANGED_MEANWHILE]
             except WriteFailed as error:
                 if error.is_unsettled:
                     keep_for_ever(kept for block in good for kept in block.kept_by)
@@ -94,7 +98,7 @@ class ConsumerDestination:
             finally:
                 if corrupt:
                     self._report_corrupt(corrupt)
-        return self.note({block.want.row: block.checksum for block in good}, wrong)
+        return self.note({block.want.row: block.checksum for block in good}, wrong | failed)
 
     def landings(self, wants: Sequence[Want], *, in_one_run: bool) -> Iterator[AbstractContextManager[Landing]]:
         yield self._in_buffer(wants)
@@ -121,11 +125,16 @@ class ConsumerDestination:
                 good[want.row] = has
             else:
                 wrong[want.row] = f"checksum {has.hex()} at its source: its file, or that node's memory, has changed"
-        wrong |= self._write([(row, pieces[row][0].destination) for row in good])
-        return self.note(good, wrong)
+        sent = [(want, pieces[want.row][0].destination, good[want.row]) for want in wants if want.row in good]
+        return self.note(good, wrong | self._write(sent))
 
-    def _write(self, blocks: Sequence[tuple[int, int]]) -> dict[int, str]:
-        return self.writer.write(blocks) if blocks else {}
+    def _write(self, blocks: Sequence[tuple[Want, int, bytes]]) -> dict[int, str]:
+        """Write blocks given as (want, address, verified checksum); why those are not in place that are not."""
+        if not blocks:
+            return {}
+        failed = self.writer.write([(want.row, address) for want, address, _ in blocks])
+        changed = [want.row for want, at, verified in blocks if checksum(view(at, want.nbytes)) != verified]
+        return failed | dict.fromkeys(changed, CHANGED_MEANWHILE)
 
     def checksum(self, want: Want) -> bytes:
         raise BlockUnavailable(self.reason(want.row))

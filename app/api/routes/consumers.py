@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
+from app.api.bodies import BodyRoute
 from app.api.context import Context
 from app.api.current import CurrentContext
 from app.api.problems import problem_responses
@@ -22,7 +23,7 @@ from app.documents import (
 from app.restores.consumers import Consumer
 from app.restores.pushes import build_table, held
 
-router = APIRouter(prefix="/v1", tags=["consumers"])
+router = APIRouter(prefix="/v1", tags=["consumers"], route_class=BodyRoute)
 
 ConsumerId = Annotated[str, Path(min_length=1, max_length=200, pattern=r"^[!-~]+$")]
 

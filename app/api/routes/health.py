@@ -11,11 +11,13 @@ from app.node.holding import NOTHING
 router = APIRouter(tags=["health"])
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="The process answers")
 async def livez() -> Live:
     return Live()
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Every block placed here is published, sealed and registered",

@@ -6,19 +6,22 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 import anyio
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Path, Response
 from fastapi.responses import StreamingResponse
 
+from app.api.bodies import BodyRoute
 from app.api.current import CurrentContext
 from app.api.problems import problem_responses
 from app.documents import RestoreDocument, RestoreRequest, Restores
 from app.restores.store import AnyRestore
 
-router = APIRouter(prefix="/v1/restores", tags=["restores"])
+router = APIRouter(prefix="/v1/restores", tags=["restores"], route_class=BodyRoute)
 
 EVENT_INTERVAL_S = 0.25
 EVENTS_MAX = 4 * 3600 * 4  # four hours of events; who still listens then asks again
+
+WATCHING_AT_ONCE = 8  # threads of their own for events: one of a silent node takes one for two seconds
 
 RestoreId = Annotated[str, Path(min_length=1, max_length=64)]
 IdempotencyKey = Annotated[
@@ -31,7 +34,7 @@ IdempotencyKey = Annotated[
     "",
     status_code=202,
     summary="Bring back what a node, or an engine's slots, should hold",
-    responses=problem_responses(400, 401, 404, 409, 413, 422, 429, 502, 503),
+    responses=problem_responses(401, 404, 409, 413, 422, 429, 502, 503),
 )
 def start_restore(
     context: CurrentContext, request: RestoreRequest, response: Response, idempotency_key: IdempotencyKey = None
@@ -61,10 +64,13 @@ def cancel_restore(context: CurrentContext, restore_id: RestoreId) -> RestoreDoc
     return restore.document()
 
 
+_watching = CapacityLimiter(WATCHING_AT_ONCE)
+
+
 async def _events(restore: AnyRestore) -> AsyncIterator[str]:
     last = ""
     for _ in range(EVENTS_MAX):
-        document = await to_thread.run_sync(restore.document)
+        document = await to_thread.run_sync(restore.document, limiter=_watching)
         text = document.model_dump_json()
         if text != last:
             last = text

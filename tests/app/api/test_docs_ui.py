@@ -30,7 +30,9 @@ def documented_app() -> FastAPI:
 
 
 async def get(path: str, **headers: str) -> httpx.Response:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(documented_app()), base_url="http://node") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(documented_app()), base_url="http://localhost"
+    ) as client:
         return await client.get(path, headers=headers)
 
 
@@ -86,7 +88,7 @@ async def test_routers_that_were_there_before_stay() -> None:
     router.add_api_route("/livez", lambda: 3)
     app.include_router(router)
     mount_docs(app)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         assert (await client.get("/livez")).json() == 3
 
 

@@ -52,7 +52,7 @@ def raising(error: Exception) -> FastAPI:
 
 async def ask(app: FastAPI, method: str = "GET", path: str = "/", **kwargs: object) -> httpx.Response:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://node") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         return await client.request(method, path, **kwargs)  # type: ignore[arg-type]
 
 
@@ -187,7 +187,7 @@ async def test_an_unknown_path_and_method_are_problems() -> None:
         ("PATCH", "/v1/consumers/rank-0", "DELETE, GET, PUT"),  # a route for each
         ("DELETE", "/v1/restores", "GET, POST"),
         ("GET", "/v1/consumers/rank-0/renew", "POST"),
-        ("POST", "/livez", "GET"),
+        ("POST", "/livez", "GET, HEAD"),
         ("DELETE", "/docs/assets/v1/restores", "GET, HEAD"),  # a file that is not there, not our /v1/restores
     ],
 )
@@ -195,7 +195,7 @@ async def test_an_unknown_path_and_method_are_problems() -> None:
 async def test_a_wrong_method_is_told_every_method_of_the_path(method: str, path: str, allow: str, prefix: str) -> None:
     app = create_app(Settings(model="moe"))
     transport = httpx.ASGITransport(app, root_path=prefix)
-    async with httpx.AsyncClient(transport=transport, base_url="http://node") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         response = await client.request(method, prefix + path)
     assert (response.status_code, response.headers["allow"]) == (405, allow)
     assert response.headers["content-type"] == MEDIA_TYPE

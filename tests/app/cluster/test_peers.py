@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -130,33 +128,14 @@ def test_an_address_that_is_none_is_unreachable(client: PeerClient) -> None:
         client.node("http://exa mple:\x00")
 
 
-def test_an_answer_that_trickles_in_is_given_up(
-    client: PeerClient, odd_peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+def test_a_map_of_more_replicas_than_the_peer_can_have_is_cut_off(
+    client: PeerClient, odd_peer: Callable[[], Any], manifest: Manifest
 ) -> None:
-    released = False
-
-    def drip() -> Iterator[bytes]:
-        while not released:
-            yield b" "
-            time.sleep(0.01)
-
     peer = odd_peer()
-    peer.answers["*"] = 200, drip()
-    try:
-        with pytest.raises(NodeUnreachable, match="too slowly"):
-            client.request("GET", f"{peer.url}/v1/node", timeout=0.3)
-    finally:
-        released = True
-
-
-def test_an_answer_without_end_is_cut_off(
-    client: PeerClient, odd_peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transfer.client.http.DOCUMENT_NBYTES_MAX", 3_333_333)
-    peer = odd_peer()
-    peer.answers["*"] = 200, itertools.repeat(b"x" * 65_536)
-    with pytest.raises(NodeUnreachable, match="over 3,333,333 bytes"):
-        client.node(peer.url)
+    replica = {"node_id": "p", "session_id": "127.0.0.1:33", "address": 3333}
+    peer.answers["*"] = 200, orjson.dumps(shard_map(manifest, replicas=[replica] * 100_000))
+    with pytest.raises(NodeUnreachable, match="more than such a document of ours has"):
+        client.blocks(peer.url, "p", manifest)
 
 
 def test_the_token_is_shown_to_peers(odd_peer: Callable[[], Any]) -> None:

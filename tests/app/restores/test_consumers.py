@@ -326,7 +326,7 @@ def test_registrations_are_checked_renewed_listed_and_end(
     wait_until(lambda: node.ask("GET", "/v1/consumers/rank-0").status_code == 404, "expired")
     assert node.ask("POST", "/v1/restores", json={"target": {"consumer_id": "rank-0"}}).status_code == 404
 
-    assert put(node, document).status_code == 201
+    assert put(node, document).is_success  # its id may be kept for a while: peers might still write to it
     assert [c["id"] for c in node.get("/v1/consumers")["consumers"]] == ["rank-0"]
     said = node.get("/v1/consumers/rank-0")
     assert said["content_digest"] == node.get("/v1/node")["content_digest"], "whoever names none means the node's"
@@ -431,7 +431,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(clock: Clock) -> ConsumerStore:
-    return ConsumerStore(clock)
+    return ConsumerStore(clock, earlier_leases_s=0)
 
 
 def test_a_registration_ends_unless_it_is_renewed(store: ConsumerStore, clock: Clock, table: PushTable) -> None:

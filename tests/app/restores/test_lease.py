@@ -32,7 +32,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(clock: Clock) -> ConsumerStore:
-    return ConsumerStore(clock)
+    return ConsumerStore(clock, earlier_leases_s=0)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_an_expired_registration_is_kept_until_its_leases_have_run_out(
 @pytest.mark.parametrize("how", ["ended", "run out"])
 def test_taking_a_registration_back_waits_for_leases(table: PushTable, how: str) -> None:
     """A push whose answer never came may still be writing: it was forgotten when the answer was given up on."""
-    store = ConsumerStore()
+    store = ConsumerStore(earlier_leases_s=0)
     consumer, _ = store.put("a", table, "d", "c", 0.05 if how == "run out" else 300)
     store.lease("a", consumer.epoch, "push")
     left_s = consumer.grants.left_s(boot_time())
@@ -145,3 +145,13 @@ def test_taking_a_registration_back_waits_for_leases(table: PushTable, how: str)
             assert boot_time() >= before + left_s - 0.1
     finally:
         thread.join(33)
+
+
+def test_taking_a_registration_back_waits_for_leases_that_an_earlier_life_of_the_node_gave(table: PushTable) -> None:
+    """It was killed with pushes of its peers under way, and the engine has registered with its successor."""
+    before = boot_time()
+    store = ConsumerStore(earlier_leases_s=0.5)
+    store.put("a", table, "d", "c", 300)
+    store.remove("a")
+    assert boot_time() >= before + 0.5
+    assert ConsumerStore()._earlier_until_s >= boot_time() + LEASE_S

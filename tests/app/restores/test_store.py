@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ from typing import Any
 import orjson
 import pytest
 
-from app.documents import FailedExpert, RestoreDocument, RestoreRequest, RestoreTarget
+from app.documents import EXPERTS_MAX, ExpertRef, FailedExpert, RestoreDocument, RestoreRequest, RestoreTarget
 from app.errors import Conflict, LimitReached, NotFound, PeerFailed, Unavailable
 from app.node.node import Node
 from app.restores import store as restores_module
@@ -21,6 +23,7 @@ from app.restores.store import ALL_KINDS, LocalRestore, RestoreStore
 from app.restores.worker import QUEUED_MAX
 from shm.errors import InvalidInput
 from tests.processes import DEADLINE_S, wait_until
+from transfer.client.http import ANSWER_TIMEOUT_S
 from transfer.progress import RestoreState
 
 REQUEST = RestoreRequest(target=RestoreTarget(node_id="n"))
@@ -260,6 +263,32 @@ def test_a_list_shows_newest_first_and_few_of_many_failures(
     assert [(len(each["failed"]), each["failed_total"]) for each in listed] == [(10, 39), (10, 39)]
 
 
+def test_requests_that_name_all_that_can_be_named_are_remembered_in_little_memory(
+    live_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60 such with a key each, 4.4 GB were kept."""
+    live = live_node()
+    store, brake = live.context.restores, Brake(live.context.node, monkeypatch)
+    named = [ExpertRef(layer=3, expert=number) for number in range(EXPERTS_MAX)]
+    request = RestoreRequest(target=RestoreTarget(node_id="n"), experts=named)
+    store.submit(request, "first")
+    brake.wait()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(5):
+            store.submit(request, f"again {number}")
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+        brake.release()
+    assert grown < 5 * (2 << 20)
+    for restore in store.all():
+        restore.cancel()
+    assert all(ended(store, restore.id).state in ("cancelled", "failed") for restore in store.all())
+    assert all(restore.wanted is None for restore in store.all())
+
+
 # -- on other nodes --------------------------------------------------------------------------------------------
 
 
@@ -389,6 +418,62 @@ def test_an_answer_that_is_no_restore_is_a_failure_of_the_peer(asking: RestoreSt
     with pytest.raises(PeerFailed, match=r"does not answer like a Hotspare node \(id: .*another version\?$") as failed:
         asking.submit(AT_P)
     assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"created_at": datetime(2026, 1, 1)}, {"restore_id": "a b"}, {"restore_id": "r\n33"}, {"restore_id": "x" * 65}],
+    ids=str,
+)
+def test_what_would_break_our_own_answers_is_not_taken_from_a_peer(
+    asking: RestoreStore, peer: Any, changed: dict[str, Any]
+) -> None:
+    if "created_at" in changed:
+        peer.answers["POST /v1/restores"] = 202, document(**changed)
+    else:
+        peer.answers["POST /v1/restores"] = 202, document().replace(b"r33", orjson.dumps(changed["restore_id"])[1:-1])
+    with pytest.raises(PeerFailed, match="does not answer like a Hotspare node"):
+        asking.submit(AT_P)
+    assert asking.documents() == []
+
+
+def test_a_peer_cannot_take_the_place_of_a_restore_of_ours(asking: RestoreStore, peer: Any) -> None:
+    ours = asking.start_local(None, ALL_KINDS)
+    peer.answers["POST /v1/restores"] = 202, document(restore_id=ours.id)
+    with pytest.raises(PeerFailed, match="another's already"):
+        asking.submit(AT_P)
+    assert asking.get(ours.id) is ours
+
+
+def test_a_peer_that_answers_with_another_restore_has_no_news(asking: RestoreStore, peer: Any) -> None:
+    asking.submit(AT_P)
+    peer.answers["GET /v1/restores/r33"] = 200, document("succeeded", restore_id="r34")
+    last = asking.get("r33").document()
+    assert (last.state, "answers with restore 'r34'" in (last.error or "")) == ("running", True)
+
+
+def test_a_list_of_restores_of_twelve_silent_nodes_waits_for_all_as_for_one(
+    live_node: Callable[..., Any], odd_peer: Callable[[], Any]
+) -> None:
+    peers = {f"p{number}": odd_peer() for number in range(12)}
+    store = live_node(peers={name: peer.url for name, peer in peers.items()}).context.restores
+    go = threading.Event()
+
+    def wait() -> tuple[int, bytes]:
+        go.wait(DEADLINE_S)
+        return 200, b"{}"
+
+    for name, peer in peers.items():
+        peer.answers["POST /v1/restores"] = 202, document(restore_id=f"r-{name}")
+        peer.answers[f"GET /v1/restores/r-{name}"] = 200, document(restore_id=f"r-{name}")
+        store.submit(RestoreRequest(target=RestoreTarget(node_id=name)))
+        peer.answers = {"*": wait}
+    started = time.monotonic()
+    listed = store.documents()
+    took_s = time.monotonic() - started
+    go.set()
+    assert [each.state for each in listed] == ["running"] * 12
+    assert took_s < 12 * ANSWER_TIMEOUT_S / 2, "three seconds on a machine that has nothing else to do; in turns, 24"
 
 
 def test_a_node_that_is_not_there_makes_it_unavailable(asking: RestoreStore, peer: Any) -> None:

@@ -19,7 +19,6 @@ from transfer import Loader
 from transfer.checkpoint import read_checkpoint
 from transfer.checkpoint.content import pin
 from transfer.checkpoint.reader import BlockReader
-from transfer.client import loader as module
 from transfer.client.loader import LoadReport
 from transfer.errors import RestoreError
 
@@ -199,9 +198,8 @@ def test_without_a_node_and_a_segment_the_files_are_all(tiny_checkpoint: Callabl
 
 @pytest.mark.usefixtures("kept_engines")
 def test_what_other_nodes_keep_comes_from_them_and_then_from_the_files(
-    tiny_qwen3_moe: Path, cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, bare: Path
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], bare: Path
 ) -> None:
-    monkeypatch.setattr(module, "WINDOW_NBYTES", 30_000)  # of five blocks
     right = content_of(tiny_qwen3_moe)
     nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2, include="all")
     told: list[LoadReport] = []
@@ -211,7 +209,7 @@ def test_what_other_nodes_keep_comes_from_them_and_then_from_the_files(
         assert loader._is_proved(loader._around.segment.attachment), "the node filled it, and so has verified it"
         nodes.kill(0)
         os.unlink(nodes.segment(0))
-        again = loader.load(progress=told.append)
+        again = dict(loader.tensors(progress=told.append, window_nbytes=30_000))  # of five blocks
     assert differing(loaded, right) == differing(again, right) == []
     assert (loader.report.bytes_by_source["local"], loader.report.bytes_by_source["disk"]) == (0, 0)
     assert len(told) > 3

@@ -20,9 +20,10 @@ from tests.processes import processor_time
 from transfer.checkpoint import read_checkpoint
 from transfer.engine import Copy, MooncakeEngine, TransferEngine
 from transfer.errors import TransferFailed
+from transfer.memory import view
 from transfer.plan import Batch, Want
 from transfer.push import writer as writer_module
-from transfer.push.destination import NOT_SENT, ConsumerDestination
+from transfer.push.destination import CHANGED_MEANWHILE, NOT_SENT, ConsumerDestination
 from transfer.push.table import FormCopy, PushTable, SlotBases, consumer_document
 from transfer.push.writer import Health, WriteFailed, Writer, buffer
 from transfer.slots import Slots
@@ -277,6 +278,7 @@ class Meddler:
         self._engine = engine
         self.session_id = engine.session_id
         self.registered = 0
+        self.before_write: Callable[[Sequence[Copy]], None] = lambda copies: None
         self.after_write: Callable[[Sequence[Copy]], None] = lambda copies: None
         self.error: TransferFailed | None = None
 
@@ -294,6 +296,7 @@ class Meddler:
     def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         if self.error is not None:
             raise self.error
+        self.before_write(copies)
         self._engine.write(session_id, copies)
         self.after_write(copies)
 
@@ -319,6 +322,26 @@ def test_reading_back_finds_a_byte_that_did_not_arrive(
     outcome = push(segment, meddler, table, wanted, read_back=True)
     assert outcome.failed == {2: "it differs when read back"}
     assert meddler.registered == 0  # every buffer was given back
+
+
+@pytest.mark.parametrize("read_back", [False, True])
+def test_a_block_that_rots_between_its_verification_and_its_sending_is_not_reported(
+    holder: tuple[Segment, MooncakeEngine], plain_table: PlainTable, read_back: bool
+) -> None:
+    """As in a node that is stopped in between: reading back compares with what was sent, which is the wrong bytes."""
+    segment, engine = holder
+    table, _ = plain_table(segment.manifest)
+    rotten = table.rows[1]
+    meddler = Meddler(engine)
+
+    def rot(copies: Sequence[Copy]) -> None:
+        segment.block(rotten)[3] ^= 1
+
+    meddler.before_write = rot
+    outcome = push(segment, meddler, table, dict.fromkeys(table.rows), read_back=read_back)
+    assert sorted({*table.rows} - {*outcome.pushed}) == [rotten]
+    assert outcome.failed == {rotten: CHANGED_MEANWHILE}
+    assert outcome.corrupt == [rotten]
 
 
 @pytest.mark.parametrize("is_unsettled", [False, True])
@@ -420,6 +443,26 @@ def test_blocks_of_the_checkpoint_go_through_a_buffer_and_wrong_ones_are_not_sen
     blocks = expected_blocks(moe_checkpoint)
     for row, key in enumerate(manifest.keys):
         assert bytes(memory[row]) == (bytes(len(blocks[key])) if row == 7 else blocks[key])
+
+
+def test_a_buffer_that_rots_while_it_is_sent_is_not_reported(
+    moe_checkpoint: Path, engines: tuple[MooncakeEngine, MooncakeEngine], plain_table: PlainTable
+) -> None:
+    checkpoint = read_checkpoint(moe_checkpoint, "moe")
+    table, _ = plain_table(checkpoint.manifest)
+    meddler = Meddler(engines[0])
+
+    def rot(copies: Sequence[Copy]) -> None:
+        view(copies[0].source, 1)[0] ^= 1
+
+    meddler.before_write = rot
+    destination = ConsumerDestination(Writer(meddler, table, read_back=False), meddler)
+    source = Disk("disk", lambda: checkpoint)
+    wants = tuple(Want(row, int(checkpoint.manifest.nbytes[row]), None) for row in (3, 7))
+    pushed = source.fetch(Batch(source, wants, (), 0), destination)
+    source.close()
+    assert list(pushed) == [7]
+    assert destination.reason(3) == CHANGED_MEANWHILE
 
 
 def test_a_buffer_of_a_transfer_that_timed_out_is_never_used_again_and_their_number_has_a_limit(

@@ -1,0 +1,78 @@
+"""Reading large bodies without holding the event loop up: in a thread, one at a time, and giving way as it goes.
+
+The parser and the validators are C and Rust, and hold Python's lock for as long as one call of theirs takes: in a
+thread of its own a document of 10 MB would still stop everything for a second. So both are made to call back into
+Python for every object (`app.documents.give_way`), which is where Python lets other threads in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+
+from app.documents import give_way
+
+SMALL_NBYTES = 16 << 10  # read where it is, in well under a millisecond
+PARSED_AT_ONCE = 1  # a parsed document takes ten times its bytes
+
+
+class _Parsed(Request):
+    """A request whose body has been read, and made into what the route takes."""
+
+    def __init__(self, request: Request, document: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._document = document
+
+    async def body(self) -> bytes:
+        return b"{}"  # nobody looks at it, but at whether there is one
+
+    async def json(self) -> Any:
+        return self._document
+
+
+class BodyRoute(APIRoute):
+    """A route whose JSON body may be large. Whatever is wrong with it is a RequestValidationError."""
+
+    _limiter = CapacityLimiter(PARSED_AT_ONCE)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def read_first(request: Request) -> Response:
+            if self.body_field is not None and _is_json(request):
+                body = await request.body()
+                if len(body) > SMALL_NBYTES:
+                    document = await to_thread.run_sync(self._read, body, limiter=self._limiter)
+                else:
+                    document = self._read(body) if body else None
+                if body:
+                    request = _Parsed(request, document)
+                del body
+            return await handle(request)
+
+        return read_first
+
+    def _read(self, body: bytes) -> Any:
+        """The document, which FastAPI takes as it is then. Raises RequestValidationError."""
+        assert self.body_field is not None
+        try:
+            said = json.loads(body, object_hook=give_way)
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too long a number, too deep
+            where = ("body", error.pos) if isinstance(error, json.JSONDecodeError) else ("body",)
+            message = f"not JSON that can be read: {error}"
+            raise RequestValidationError([{"type": "json_invalid", "loc": where, "msg": message}]) from None
+        document, errors = self.body_field.validate(said, {}, loc=("body",))
+        if errors:
+            raise RequestValidationError(errors if isinstance(errors, list) else [errors])
+        return document
+
+
+def _is_json(request: Request) -> bool:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
