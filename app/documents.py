@@ -166,7 +166,10 @@ class PeerDocument(Document):
     blocks_unproved: int | None = Field(None, description="As in its own document, when it last said so.")
     proved_oldest: datetime | None = Field(None, description="Likewise.")
     conflict: str | None = Field(None, description="Why nothing is taken from it, although it answers.")
-    warning: str | None = Field(None, description="What its options and ours disagree on, without harm to any byte.")
+    warning: str | None = Field(
+        None,
+        description="What its options and ours disagree on, without harm to any byte; or that two run under its id.",
+    )
     error: str | None = Field(None, description="Why it last did not answer.")
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from app.cluster.cluster import Cluster
 from app.cluster.membership import Membership
+from app.cluster.namesakes import Asker, Namesakes
 from app.cluster.peers import PeerClient
 from app.cluster.prober import Prober
 from app.data_address import data_host, warnings
@@ -54,10 +55,13 @@ class Context:
 
         `start_engine` starts a transfer engine: Mooncake's by default.
         """
-        client = PeerClient(settings.token.get_secret_value() if settings.token else None)
-        cluster = Cluster(Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace))
-        prober = Prober(cluster, client)
         start = start_engine or _engine_starter(settings)
+        namesakes = Namesakes(settings.node_id, settings.peers)
+        token = settings.token.get_secret_value() if settings.token else None
+        client = PeerClient(token, Asker(settings.node_id, namesakes.own_start))
+        membership = Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace)
+        cluster = Cluster(membership, namesakes=namesakes)
+        prober = Prober(cluster, client)
         node = Node(settings, cluster, prober, start)
         try:
             node.open()

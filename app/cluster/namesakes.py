@@ -2,18 +2,39 @@
 
 Nobody would notice otherwise. A peer's address leads to one of the two; the other asks like any peer, fills the same
 share, and is never asked for it. A start that is heard again after another one of the same id was heard is a second
-process, not a restart: what was stopped asks no more. A start under our own id is one at once, for we ask not ourselves.
+process, not a restart: what was stopped asks no more. A start under our own id is one at once: we do not ask ourselves.
 Pure: whoever hears something says when. Not thread-safe.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
+from urllib.parse import quote, unquote
 
+ASKER_HEADER = "Hotspare-Asker"
+START = "[0-9a-f]{16}"
 STARTS_MAX = 8  # remembered of one id; the longest unheard is forgotten
 TOLD_FOR_S = 60.0  # after it was last noticed
+
+
+class Asker(NamedTuple):
+    """Who asks: a node, and which start of it. As a header between nodes: its id, percent-encoded, and the start."""
+
+    node_id: str
+    start: str
+
+    def __str__(self) -> str:
+        return f"{quote(self.node_id, safe='')} {self.start}"
+
+    @classmethod
+    def read(cls, text: str) -> Asker | None:
+        """None for what is none."""
+        node_id, _, start = text.partition(" ")
+        return cls(unquote(node_id), start) if re.fullmatch(START, start) else None
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.cluster.namesakes import STARTS_MAX, TOLD_FOR_S, Namesakes
+from app.cluster.namesakes import STARTS_MAX, TOLD_FOR_S, Asker, Namesakes
 
 
 @pytest.fixture
@@ -51,3 +51,12 @@ def test_ids_that_nobody_named_are_not_remembered(namesakes: Namesakes) -> None:
     for start in ("one", "two", "one"):
         assert namesakes.hear("stranger", start, "10.3.3.1", 1.0) is None
     assert namesakes.warning("stranger", 1.0) is None
+
+
+def test_a_header_says_who_asks_whatever_the_id_is() -> None:
+    for node_id in ("node-b", "org/ä b"):
+        asker = Asker(node_id, "0123456789abcdef")
+        assert str(asker).isascii()
+        assert Asker.read(str(asker)) == asker
+    for odd in ("", "node-b", "node-b 0123", " ", "node-b 0123456789abcdeg", "b " + "0" * 99):
+        assert Asker.read(odd) is None
