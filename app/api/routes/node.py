@@ -56,6 +56,7 @@ def get_node(context: CurrentContext, request: Request) -> NodeDocument:
 @router.post(
     "/doubts",
     status_code=204,
+    response_model=None,
     summary="Have blocks proved next that arrived wrong",
     responses=problem_responses(401, 404, 409, 413, 422, 503),
 )
