@@ -8,7 +8,7 @@ and there is one class of source a kind of place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -28,12 +28,13 @@ class Resident(NamedTuple):
 class Landing(NamedTuple):
     """Places for some of the blocks of a batch, by manifest row, good until their `with` block ends.
 
-    Once the bytes are there `settle` is called, with the checksums that were taken on the way, if any. It returns those
-    of the blocks that are where they belong; one that it leaves out is asked for with `Destination.checksum`.
+    Once the bytes are there `settle` is called, with the checksums that were taken on the way, if any, and the rows of
+    those that did not come, which it leaves as they are. It returns the checksums of the blocks that are where they
+    belong; one that came and that it leaves out is asked for with `Destination.checksum`.
     """
 
     pieces: Mapping[int, tuple[Piece, ...]]
-    settle: Callable[[Mapping[int, bytes]], Mapping[int, bytes]]
+    settle: Callable[[Mapping[int, bytes], Collection[int]], Mapping[int, bytes]]
 
 
 class Destination(Protocol):

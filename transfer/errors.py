@@ -6,11 +6,14 @@ HotspareError
 │   ├── EngineMissing          no Mooncake wheel, or one that does not load: says which to install
 │   ├── EngineRefused          the engine would not start, or would not register a range
 │   └── TransferFailed         a batch that came back with an error; `timed_out` if bytes may still land
+├── SomeLost                   a batch of which some blocks came and others did not
 └── RestoreError
     └── NothingToRestore       the request names no block that the model has
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from shm.errors import HotspareError
 
@@ -41,6 +44,18 @@ class TransferFailed(EngineError):
         super().__init__(message)
         self.timed_out = timed_out
         self.is_destination_gone = is_destination_gone
+
+
+class SomeLost(HotspareError):
+    """Of a batch, the blocks in `lost` did not come, by manifest row, each with its reason; the others did.
+
+    `came` has the checksums of those that were taken on the way, by row. Nothing lands later.
+    """
+
+    def __init__(self, lost: Mapping[int, str], came: Mapping[int, bytes]) -> None:
+        super().__init__(f"{len(lost)} blocks did not come; first: {next(iter(lost.values()))}")
+        self.lost = lost
+        self.came = came
 
 
 class RestoreError(HotspareError):

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from transfer.errors import TransferFailed, told
+from transfer.errors import SomeLost, TransferFailed, told
 from transfer.plan import Batch, Offer, Want
 from transfer.standing import Party, Record, Standing
 
@@ -224,11 +224,33 @@ class Ledger:
         source = self._end(batch)
         source.failures = 0
         for want in batch.wants:
-            self._step(self._blocks[want.row], Event.MOVED)
-            if want.row in checksums:
-                self.verified(want.row, checksums[want.row])
+            self._came(want.row, checksums)
+
+    def _came(self, row: int, checksums: Mapping[int, bytes]) -> None:
+        self._step(self._blocks[row], Event.MOVED)
+        if row in checksums:
+            self.verified(row, checksums[row])
+        else:
+            self._to_verify.append(row)
+
+    def came_in_part(self, batch: Batch, error: SomeLost, now: float) -> None:
+        """Of the batch's blocks some came. A source that brings anything serves: only the blocks it lacks are tried
+        again, alone; it stands no worse for them."""
+        if len(error.lost) == len(batch.wants):
+            self.failed(batch, error, now)
+            return
+        source = self._end(batch)
+        source.failures = 0
+        for row in (want.row for want in batch.wants):
+            if row in error.lost:
+                self._lose(self._blocks[row], source, error.lost[row])
             else:
-                self._to_verify.append(want.row)
+                self._came(row, error.came)
+
+    def _lose(self, block: _Block, source: Record, reason: str) -> None:
+        block.give_reason(f"{source.party.name}: {reason}")
+        block.try_again_or_close(source.key)
+        self._want_again(block, Event.LOST)
 
     def failed(self, batch: Batch, error: Exception, now: float) -> None:
         """The batch did not come, and any of its blocks may be half-written; if it timed out, also later.
@@ -244,11 +266,12 @@ class Ledger:
         if timed_out:
             self._outstanding.append(batch)
             self._touched.update(want.row for want in batch.wants)
+        lost = error.lost if isinstance(error, SomeLost) else {}
         for want in batch.wants:
             block = self._blocks[want.row]
-            block.give_reason(f"{source.party.name}: {told(error)}")
-            block.close(source.key) if timed_out else block.try_again_or_close(source.key)
-            self._want_again(block, Event.LOST)
+            if timed_out:
+                block.close(source.key)
+            self._lose(block, source, lost.get(want.row) or told(error))
         if is_gone:
             self._abandon(told(error))
         elif source.standing is not before:

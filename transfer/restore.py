@@ -17,7 +17,7 @@ from typing import TypeVar
 from shm.block import ExpertKey
 from shm.errors import HotspareError
 from transfer.destination import Destination
-from transfer.errors import told
+from transfer.errors import SomeLost, told
 from transfer.ledger import LANES_MAX, Arrived, Ledger
 from transfer.plan import Batch, Offer, Want
 from transfer.progress import FailedBlock, Progress, Report, RestoreState
@@ -192,6 +192,8 @@ class Restore:
         source = self._sources[batch.source]
         try:
             checksums = source.fetch(batch, self._destination)
+        except SomeLost as error:
+            self._tell(partial(self._ledger.came_in_part, batch, error, time.monotonic()))
         except Exception as error:  # whatever it is, this source did not serve, and others may
             if not isinstance(error, HotspareError):
                 _log.exception("%s failed in an unforeseen way", source.name)

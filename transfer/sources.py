@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from enum import StrEnum
 from functools import partial
 from typing import Protocol
 
 from shm.block import HeldBlock
 from shm.manifest import Manifest
-from transfer.checkpoint import Checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.checkpoint.reader import BlockReader, position_on_disk
 from transfer.destination import Destination, Resident
 from transfer.engine import Copy, TransferEngine
+from transfer.errors import CheckpointError, SomeLost
 from transfer.memory import populate, view
 from transfer.plan import Batch, Limits, coalesce, sliced, split
 
@@ -53,7 +55,7 @@ class Source(Protocol):
     def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
         """Bring the batch; the checksums of blocks that were taken meanwhile, by row.
 
-        Raises a HotspareError; then any of the blocks may be half-written.
+        Raises SomeLost where some of its blocks came, and another HotspareError where any of them may be half-written.
         """
         ...
 
@@ -159,7 +161,7 @@ def _read(engine: TransferEngine, session_id: str, batch: Batch, destination: De
                 for copy in call:
                     populate(copy.destination, copy.nbytes)
                 engine.read(session_id, call)
-            checksums |= landed.settle({})
+            checksums |= landed.settle({}, ())
     return checksums
 
 
@@ -167,14 +169,17 @@ def _read(engine: TransferEngine, session_id: str, batch: Batch, destination: De
 
 
 class Disk:
-    """A checkpoint's files. They are opened when first needed: most restores never do."""
+    """A checkpoint's files. They are opened when first needed, and closed with the batch: most restores never do.
+
+    A block that cannot be read costs no other: a disk has bad sectors, and one of its files may be gone.
+    """
 
     kind = SourceKind.DISK
 
     def __init__(
         self,
         name: str,
-        checkpoint: Callable[[], Checkpoint],
+        checkpoint: Callable[[], PinnedCheckpoint],
         *,
         lanes: int | None = None,
         limits: Limits = Limits(nbytes=DISK_BATCH_NBYTES),  # noqa: B008
@@ -183,29 +188,36 @@ class Disk:
         self.name = name
         self.lanes = lanes or max(2, min(DISK_LANES_MAX, os.cpu_count() or 1))
         self.limits = limits
-        self._checkpoint = checkpoint
-        self._reader: BlockReader | None = None
+        self._find = checkpoint
+        self._pinned: PinnedCheckpoint | None = None
         self._lock = threading.Lock()
 
     def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
-        reader = self._opened()
+        pinned = self._found()
         checksums: dict[int, bytes] = {}
-        for landing in destination.landings(batch.wants, in_one_run=True):
-            with landing as landed:
-                runs = {row: view(piece.destination, piece.nbytes) for row, (piece,) in landed.pieces.items()}
-                checksums |= landed.settle({row: reader.read_block(row, run) for row, run in runs.items()})
+        lost: dict[int, str] = {}
+        with closing(BlockReader(pinned.checkpoint, pinned.files)) as reader:
+            for landing in destination.landings(batch.wants, in_one_run=True):
+                with landing as landed:
+                    taken: dict[int, bytes] = {}
+                    for row, (piece,) in landed.pieces.items():
+                        try:
+                            taken[row] = reader.read_block(row, view(piece.destination, piece.nbytes))
+                        except CheckpointError as error:
+                            lost[row] = str(error)
+                    checksums |= landed.settle(taken, lost.keys())
+        if lost:
+            raise SomeLost(lost, checksums)
         return checksums
 
-    def _opened(self) -> BlockReader:
+    def _found(self) -> PinnedCheckpoint:
         with self._lock:
-            if self._reader is None:
-                self._reader = BlockReader(self._checkpoint())
-            return self._reader
+            if self._pinned is None:
+                self._pinned = self._find()
+            return self._pinned
 
     def close(self) -> None:
-        """Close the files."""
-        if self._reader is not None:
-            self._reader.close()
+        """Nothing is open between two batches."""
 
 
 def on_disk(manifest: Manifest, rows: Iterable[int]) -> dict[int, tuple[int, None]]:

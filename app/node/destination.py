@@ -41,7 +41,7 @@ class SegmentDestination:
         for want in wants:
             self._segment.quarantine(want.row)
         places = {want.row: (Piece(self._segment.address(want.row), 0, want.nbytes),) for want in wants}
-        yield Landing(places, lambda taken: taken)
+        yield Landing(places, lambda taken, lost: taken)
 
     def checksum(self, want: Want) -> bytes:
         found = checksum(self._segment.block(want.row))

@@ -263,7 +263,7 @@ class Node:
             self.cluster,
             HostMemory(IN_PLACE, holding.segment, lanes=1),
             self._reach if SourceKind.PEER in kinds else None,
-            None if pinned is None else Disk(DISK, lambda: pinned.checkpoint),
+            None if pinned is None else Disk(DISK, lambda: pinned),
         )
         nbytes, keys = holding.manifest.nbytes, holding.manifest.keys
         return Restore(

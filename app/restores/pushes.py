@@ -28,7 +28,7 @@ from app.restores.lease import HeldLease
 from shm.block import ExpertKey
 from shm.errors import InvalidInput
 from shm.manifest import Manifest
-from transfer.checkpoint import Checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.client.http import NodeRefused, NodeUnreachable, quoted
 from transfer.destination import Destination
 from transfer.engine import TransferEngine, session_host
@@ -294,7 +294,7 @@ class ConsumerPush:
             self.node.cluster,
             _own_memory(holding),
             partial(self._reach, destination, holding) if SourceKind.PEER in kinds else None,
-            None if pinned is None else _disk(pinned.checkpoint),
+            None if pinned is None else _disk(pinned),
         )
         return Restore(
             [Want(row, int(manifest.nbytes[row]), offered.expected.get(row)) for row in rows],
@@ -326,5 +326,5 @@ class ConsumerPush:
             self.consumer.error = health.error
 
 
-def _disk(checkpoint: Checkpoint) -> Disk:
-    return Disk(DISK, lambda: checkpoint, lanes=PUSH_LANES, limits=PUSH_LIMITS)
+def _disk(pinned: PinnedCheckpoint) -> Disk:
+    return Disk(DISK, lambda: pinned, lanes=PUSH_LANES, limits=PUSH_LIMITS)

@@ -30,6 +30,7 @@ from app.node.destination import SegmentDestination
 from shm import posix
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint, pin
 from transfer.checkpoint.reader import READ_CHUNK_NBYTES, position_on_disk, runs_of
 from transfer.plan import Offer, Want
 from transfer.restore import Restore
@@ -40,14 +41,14 @@ PRIVATE_MIB_MAX = 300
 SAMPLE_INTERVAL_S = 0.005
 
 
-def fill(made: Bench, checkpoint: Checkpoint) -> float:
+def fill(made: Bench, pinned: PinnedCheckpoint) -> float:
     """Seconds to fill and seal a new segment with every block."""
     segment = Segment.claim(made.name("ours"))
-    rows = range(len(checkpoint.manifest))
+    checkpoint, rows = pinned.checkpoint, range(len(pinned.checkpoint.manifest))
     try:
         started = time.perf_counter()
         segment.allocate(checkpoint.manifest, rows)
-        disk = Disk("disk", lambda: checkpoint)
+        disk = Disk("disk", lambda: pinned)
         wants = [Want(row, n, None) for row, n in enumerate(checkpoint.manifest.nbytes.tolist())]
         offers = {row: [Offer(disk, at)] for row, (at, _) in on_disk(checkpoint.manifest, rows).items()}
         holding = made.holding(segment)
@@ -100,7 +101,7 @@ def read_bare(made: Bench, checkpoint: Checkpoint, nbytes: int, ranges: list[tup
                     chunk = view[offset + at : offset + min(size, at + READ_CHUNK_NBYTES)]
                     assert os.preadv(files[file], [chunk], file_offset + at) == len(chunk)
 
-        lanes = Disk("disk", lambda: checkpoint).lanes
+        lanes = Disk("disk", partial(pin, checkpoint)).lanes
         with ThreadPoolExecutor(lanes) as pool:
             for done in [pool.submit(lane) for _ in range(lanes)]:
                 done.result()
@@ -119,7 +120,7 @@ def speed(made: Bench, directory: Path, rounds: int) -> Pairs:
     checkpoint = read_checkpoint(directory, MODEL)
     nbytes, ranges = bare_ranges(made, checkpoint)
     return paired(
-        lambda: fill(made, checkpoint),
+        partial(fill, made, pin(checkpoint)),
         lambda: read_bare(made, checkpoint, nbytes, ranges),
         rounds,
         int(checkpoint.manifest.nbytes.sum()),

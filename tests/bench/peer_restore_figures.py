@@ -29,6 +29,7 @@ from app.node.destination import SegmentDestination
 from shm import posix
 from shm.segment import Segment
 from transfer.checkpoint import Checkpoint, read_checkpoint
+from transfer.checkpoint.content import pin
 from transfer.engine import Copy, MooncakeEngine
 from transfer.engine.protocol import within_pieces
 from transfer.plan import Limits, Offer, Queue, Want, coalesce
@@ -48,6 +49,7 @@ class Scene:
         self._peer = peer
         self._engine = engine
         self.checkpoint: Checkpoint = read_checkpoint(directory, MODEL)
+        self._pinned = pin(self.checkpoint)
         self.manifest = self.checkpoint.manifest
         self.rows = range(len(self.manifest))
 
@@ -81,7 +83,7 @@ class Scene:
         return self._restore(peer, self._offers(peer))
 
     def from_disk(self) -> float:
-        disk = Disk("disk", lambda: self.checkpoint)
+        disk = Disk("disk", lambda: self._pinned)
         offers = {row: [Offer(disk, at)] for row, (at, _) in on_disk(self.manifest, self.rows).items()}
         return self._restore(disk, offers)
 

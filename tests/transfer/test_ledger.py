@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfer.errors import TransferFailed
+from transfer.errors import SomeLost, TransferFailed
 from transfer.ledger import LANES_MAX, NOBODY, OFFER_TRIES_MAX, REASONS_MAX, STEPS, Event, Ledger, Orders, Stage
 from transfer.plan import Batch, Limits, Offer, Want
 from transfer.standing import (
@@ -113,6 +113,7 @@ class Block:
             "failed": lambda: self.ledger.failed(batch, BROKE, 0.0),
             "failed for good": lambda: (self.ledger.failed(batch, GONE, 0.0), self.ledger.next(0.0)),
             "timed out": lambda: self.ledger.failed(batch, LATE, 0.0),
+            "lost alone": lambda: self.ledger.came_in_part(batch, SomeLost({7: "a bad sector"}, {}), 0.0),
             "verified right": lambda: self.ledger.verified(7, RIGHT),
             "verified wrong": lambda: self.ledger.verified(7, WRONG),
             "refused": lambda: self.ledger.refused(7, "the slot is gone"),
@@ -230,6 +231,22 @@ def test_source(before: str, event: str) -> None:
     tell, after = SOURCE_TABLE[event]
     tell(source)
     assert source.standing is dict(zip(FAILURES_BEFORE, after, strict=True))[before]
+
+
+def test_a_source_that_brings_some_of_a_batch_serves_and_what_it_lacks_is_tried_once_more_and_alone() -> None:
+    ledger = ledger_of({"a": range(6)}, party("a", blocks=3))
+    for _ in range(2):
+        (batch,) = ledger.next(0.0).move
+        lost = batch.wants[1].row
+        ledger.came_in_part(batch, SomeLost({lost: "a bad sector"}, {batch.wants[0].row: RIGHT}), 0.0)
+        assert ledger.standing("a") is Standing.GOOD
+        assert [ledger.stage(w.row) for w in batch.wants] == [Stage.RIGHT, Stage.WANTED, Stage.UNVERIFIED]
+    for row in (1, 4):
+        (batch,) = ledger.next(0.0).move
+        assert rows_of([batch]) == [row]
+        ledger.came_in_part(batch, SomeLost({row: "a bad sector"}, {}), 0.0)
+    ledger.next(DOUBT_PAUSE_S)
+    assert ledger.failures == {1: "a: a bad sector", 4: "a: a bad sector"}
 
 
 def test_failures_that_are_not_in_a_row_are_not_added_up() -> None:

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import xxhash
 from shm.block import ExpertKey, HeldBlock
 from shm.errors import HotspareError
 from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.content import pin
 from transfer.destination import Destination, Landing, Resident
 from transfer.errors import TransferFailed
 from transfer.ledger import OFFER_TRIES_MAX
@@ -74,7 +76,7 @@ class Slots:
         for want in wants:
             self.begin(want.row)
         pieces = {want.row: (Piece(self.memory.address(want.row), 0, NBYTES),) for want in wants}
-        yield nullcontext(Landing(pieces, lambda taken: taken))
+        yield nullcontext(Landing(pieces, lambda taken, lost: taken))
 
     def checksum(self, want: Want) -> bytes:
         self.looks[want.row] += 1
@@ -127,7 +129,7 @@ class Odd:
                     view(to, NBYTES)[:] = view(address[row], NBYTES)
                 if self._after:
                     self._after(places)
-                return landed.settle({})
+                return landed.settle({}, ())
         return {}
 
     def close(self) -> None:
@@ -254,12 +256,12 @@ def test_blocks_of_a_real_checkpoint_take_the_disks_word_and_leave_no_descriptor
         def landings(self, wants: Sequence[Want], *, in_one_run: bool) -> Iterator[AbstractContextManager[Landing]]:
             assert in_one_run
             pieces = {want.row: (Piece(arena.ctypes.data + want.row * nbytes, 0, nbytes),) for want in wants}
-            yield nullcontext(Landing(pieces, lambda taken: taken))
+            yield nullcontext(Landing(pieces, lambda taken, lost: taken))
 
         def publish(self, want: Want, checksum: bytes) -> None:
             published[want.row] = checksum
 
-    disk = Disk("disk", lambda: checkpoint)
+    disk = Disk("disk", partial(pin, checkpoint))
     wants = [Want(row, nbytes, None) for row in rows]
     offers = {row: [Offer(disk, at)] for row, (at, _) in on_disk(checkpoint.manifest, rows).items()}
     arena_as_destination: Any = Arena()  # without `checksum`: the disk took it on the way

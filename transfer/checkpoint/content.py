@@ -13,12 +13,12 @@ The digest is taken once, before the first byte is brought, and is then what eve
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import xxhash
@@ -32,6 +32,7 @@ WINDOW_NBYTES = 4096  # of each tensor: what a disk reads at least, and more tha
 WINDOW_ALIGNMENT = 64
 READ_THREADS = 16  # windows lie far apart: what is waited for is the disk, or the network behind it
 DIGEST_NBYTES = 16
+FRESH_S = 0.05  # a file system's clock ticks every 4 ms, or 10: two writes within one tick have one time
 
 Read = Callable[[int, int], bytes]
 """(offset in the block, nbytes) → those bytes."""
@@ -89,26 +90,28 @@ class Content:
 
 def read_content(checkpoint: Checkpoint) -> Content:
     """Take the samples of all blocks of a checkpoint from its files. Raises CheckpointError."""
-    with _Files(checkpoint) as files, ThreadPoolExecutor(READ_THREADS, "hotspare-sample") as pool:
+    with ThreadPoolExecutor(READ_THREADS, "hotspare-sample") as pool:
         rows = np.array_split(np.arange(len(checkpoint.manifest)), READ_THREADS * 4)
-        parts = pool.map(lambda part: b"".join(files.sample(row) for row in part.tolist()), rows)
+        parts = pool.map(partial(_samples, checkpoint), rows)
         return Content(checkpoint.manifest, b"".join(parts))
 
 
+def _samples(checkpoint: Checkpoint, rows: Iterable[int]) -> bytes:
+    with closing(_Files(checkpoint)) as files:
+        return b"".join(files.sample(int(row)) for row in rows)
+
+
 class _Files:
-    """The files of a checkpoint, each opened when it is first needed."""
+    """The files of a checkpoint, the one that was read last kept open. For one thread."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._open: tuple[int, int] | None = None
 
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+    def close(self) -> None:
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
 
     def sample(self, row: int) -> bytes:
         manifest = self._checkpoint.manifest
@@ -133,13 +136,14 @@ class _Files:
         return read
 
     def _descriptor(self, file: int) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                descriptor = os.open(self._checkpoint.path(file), os.O_RDONLY | os.O_CLOEXEC)
-                with suppress(OSError):  # only advice: reading ahead would be for nothing
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                self._descriptors[file] = descriptor
-            return self._descriptors[file]
+        if self._open is not None and self._open[0] == file:
+            return self._open[1]
+        self.close()
+        descriptor = os.open(self._checkpoint.path(file), os.O_RDONLY | os.O_CLOEXEC)
+        self._open = file, descriptor
+        with suppress(OSError):  # only advice: reading ahead would be for nothing
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return descriptor
 
 
 Identities = Mapping[int, tuple[int, ...]]
@@ -192,8 +196,14 @@ class PinnedCheckpoint:
 
 
 def pin(checkpoint: Checkpoint) -> PinnedCheckpoint:
-    """Take the content of a checkpoint. Raises CheckpointError, also where its files change meanwhile."""
+    """Take the content of a checkpoint. Raises CheckpointError, also where its files change meanwhile.
+
+    A file that was changed just now could change once more without another identity: so it is given time to grow old.
+    """
     before = identities(checkpoint)
+    newest_s = max((times / 1e9 for *_, written, entered in before.values() for times in (written, entered)), default=0)
+    if 0 <= (age_s := time.time() - newest_s) < FRESH_S:
+        time.sleep(FRESH_S - age_s)
     content = read_content(checkpoint)
     if identities(checkpoint) != before:
         raise CheckpointError(

@@ -1,12 +1,13 @@
 """Blocks as they lie in a checkpoint's files: which ranges they are, and reading them with a checksum on the way.
 
-Only the disk has no checksum to compare with, so it takes one as the bytes pass.
+Only the disk has no checksum to compare with, so it takes one as the bytes pass. Nor has it an owner who would say that
+the files are being written to: so their identity is looked at again after every block, when its last byte is in memory.
+A block is good only if every file of it still is the very file whose content was told (`transfer.checkpoint.content`).
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from contextlib import suppress
 
 import xxhash
@@ -14,10 +15,12 @@ import xxhash
 from shm.block import TENSOR_ALIGNMENT, TensorSpec
 from shm.manifest import Manifest
 from transfer.checkpoint.checkpoint import Checkpoint
+from transfer.checkpoint.content import Identities, identity_of
 from transfer.errors import CheckpointError
 from transfer.memory import address_of, populate
 
 READ_CHUNK_NBYTES = 1 << 20  # read, then checksummed while it is still in the core's cache
+FILES_OPEN_MAX = 4  # of one reader: a block's tensors mostly lie in one file, and checkpoints have hundreds
 
 
 class Run:
@@ -58,12 +61,13 @@ def position_on_disk(manifest: Manifest, row: int) -> int:
 
 
 class BlockReader:
-    """A checkpoint's blocks, read straight to where they belong: no second copy at any time. Thread-safe."""
+    """A checkpoint's blocks, read straight to where they belong: no second copy at any time. For one thread."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, files: Identities | None = None) -> None:
+        """`files` are what its files must be for as long as they are read; None where that is not known."""
         self._checkpoint = checkpoint
+        self._files = files
         self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
 
     def read_block(self, row: int, into: memoryview) -> bytes:
         """Read a block's tensors into `into` and return its checksum. Raises CheckpointError."""
@@ -76,7 +80,16 @@ class BlockReader:
                 digest.update(into[end : run.offset])
             self._read_run(run, into, digest)
             end = run.offset + run.nbytes
+            self._check_unchanged(run.file)
         return digest.digest()
+
+    def _check_unchanged(self, file: int) -> None:
+        """What was read until now was the content that was told: whoever writes to a file changes its times first."""
+        if self._files is not None and identity_of(os.fstat(self._descriptors[file])) != self._files[file]:
+            raise CheckpointError(
+                f"{self._checkpoint.path(file)} was replaced or written to while it was read: what came of it is not "
+                "used; exchange files by renaming whole ones, and leave them alone then"
+            )
 
     def _read_run(self, run: Run, into: memoryview, digest: xxhash.xxh3_128) -> None:
         descriptor = self._descriptor(run.file)
@@ -98,20 +111,20 @@ class BlockReader:
             done += got
 
     def _descriptor(self, file: int) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                path = self._checkpoint.path(file)
-                try:
-                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{path} cannot be opened: {error}") from error
-                self._descriptors[file] = descriptor
-                with suppress(OSError):  # only advice: some file systems refuse it
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            return self._descriptors[file]
+        if file not in self._descriptors:
+            if len(self._descriptors) >= FILES_OPEN_MAX:
+                self.close()
+            path = self._checkpoint.path(file)
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be opened: {error}") from error
+            self._descriptors[file] = descriptor
+            with suppress(OSError):  # only advice: some file systems refuse it
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._descriptors[file]
 
     def close(self) -> None:
         """Close the files."""
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])

@@ -10,7 +10,7 @@ from typing import Any
 
 from shm.attachment import Attachment
 from shm.block import HeldBlock
-from transfer.checkpoint import Checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.client.bound_slots import CPU, BoundTable
 from transfer.client.report import Tally
 from transfer.engine import TransferEngine
@@ -66,7 +66,7 @@ class Ladder:
         self,
         found: Mapping[int, Mapped],
         engine: TransferEngine | None,
-        checkpoint: Callable[[], Checkpoint] | None,
+        checkpoint: Callable[[], PinnedCheckpoint] | None,
         *,
         is_straight: bool,
         fence: Callable[[], None] | None = None,

@@ -32,7 +32,7 @@ class LastResort:
         """The checkpoint, its experts only; None without a directory. Raises CheckpointError."""
         return self._read(model or NAMELESS, "experts")
 
-    def of(self, manifest: Manifest, content: PinnedContent) -> Checkpoint:
+    def of(self, manifest: Manifest, content: PinnedContent) -> PinnedCheckpoint:
         """The checkpoint, if it is the one of `manifest` and has that content. Raises CheckpointError.
 
         Its content is told from a sample of every tensor, taken when it is first needed.
@@ -46,15 +46,16 @@ class LastResort:
                 "another"
             )
         try:
-            content.agree(self._content_of(checkpoint), str(self._directory))
+            pinned = self._pin(checkpoint)
+            content.agree(pinned.digest.hex(), str(self._directory))
         except RestoreError as error:
             raise CheckpointError(str(error)) from error
-        return checkpoint
+        return pinned
 
-    def _content_of(self, checkpoint: Checkpoint) -> str:
+    def _pin(self, checkpoint: Checkpoint) -> PinnedCheckpoint:
         if self._pinned is None or self._pinned.checkpoint is not checkpoint or not self._pinned.is_unchanged():
             self._pinned = pin(checkpoint)
-        return self._pinned.digest.hex()
+        return self._pinned
 
     def _read(self, model: str, include: str) -> Checkpoint | None:
         if self._directory is None:

@@ -27,7 +27,7 @@ from shm.block import NBYTES_MAX
 from shm.checksum import checksum
 from shm.errors import BlockUnavailable, HotspareError
 from shm.manifest import Manifest
-from transfer.checkpoint import Checkpoint
+from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.client.bound_slots import CPU, BoundTable, ring
 from transfer.client.catalogue import Assembler, Catalogue, windows
 from transfer.client.control_plane import ControlPlane
@@ -288,7 +288,7 @@ class Loader:
             if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=False, fence=fence):
                 return
 
-    def _checkpoint_of(self, manifest: Manifest) -> Checkpoint:
+    def _checkpoint_of(self, manifest: Manifest) -> PinnedCheckpoint:
         with self._reading:
             return self._disk.of(manifest, self._around.content)
 

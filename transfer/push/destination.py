@@ -10,7 +10,7 @@ consumer answers, and what was said of a block.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -114,11 +114,15 @@ class ConsumerDestination:
             yield Landing(pieces, partial(self._send, wants, pieces))
 
     def _send(
-        self, wants: Sequence[Want], pieces: Mapping[int, tuple[Piece, ...]], taken: Mapping[int, bytes]
+        self,
+        wants: Sequence[Want],
+        pieces: Mapping[int, tuple[Piece, ...]],
+        taken: Mapping[int, bytes],
+        lost: Collection[int],
     ) -> Mapping[int, bytes]:
         good: dict[int, bytes] = {}
         wrong: dict[int, str] = {}
-        for want in wants:
+        for want in (want for want in wants if want.row not in lost):
             (piece,) = pieces[want.row]
             has = taken.get(want.row) or checksum(view(piece.destination, piece.nbytes))
             if want.checksum in (None, has):

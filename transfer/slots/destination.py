@@ -7,7 +7,7 @@ restore then asks for its checksum, and after that the next source.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -86,10 +86,11 @@ class SlotDestination:
         }
         yield Landing(pieces, partial(self._spread, rows))
 
-    def _spread(self, rows: Sequence[int], taken: Mapping[int, bytes]) -> Mapping[int, bytes]:
-        for row in rows:
+    def _spread(self, rows: Sequence[int], taken: Mapping[int, bytes], lost: Collection[int]) -> Mapping[int, bytes]:
+        here = [row for row in rows if row not in lost]
+        for row in here:
             self._memory.spread(row)
-        return self._memory.check(rows)
+        return self._memory.check(here)
 
     @contextmanager
     def _in_buffer(self, wants: Sequence[Want]) -> Iterator[Landing]:
@@ -103,9 +104,11 @@ class SlotDestination:
                 # Late bytes land in the buffer, never in a slot: to the restore this is a failure like any other.
                 raise TransferFailed(str(error)) from error
 
-    def _put(self, placed: Sequence[tuple[int, int]], taken: Mapping[int, bytes]) -> Mapping[int, bytes]:
+    def _put(
+        self, placed: Sequence[tuple[int, int]], taken: Mapping[int, bytes], lost: Collection[int]
+    ) -> Mapping[int, bytes]:
         """What is in the slots then; of blocks with a checksum taken on the way, those that have it there too."""
-        put = self._memory.put(placed)
+        put = self._memory.put([(row, address) for row, address in placed if row not in lost])
         return {row: checksum for row, checksum in put.items() if taken.get(row, checksum) == checksum}
 
     # -- looking ---------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_a_block_is_hidden_from_before_its_bytes_change_until_it_is_published(
             ((piece,),) = landed.pieces.values()
             assert (piece.destination, piece.offset) == (segment.address(ROW), 0)
             view(piece.destination, piece.nbytes)[0] ^= 1
-            assert landed.settle({ROW: b"taken"}) == {ROW: b"taken"}
+            assert landed.settle({ROW: b"taken"}, ()) == {ROW: b"taken"}
     assert not is_found(segment)
     found = destination.checksum(want(segment)._replace(checksum=None))
     destination.publish(want(segment), found)

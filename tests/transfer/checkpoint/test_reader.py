@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +20,11 @@ from safetensors.numpy import save_file
 
 from shm.block import ExpertKey
 from transfer.checkpoint import Checkpoint, read_checkpoint
-from transfer.checkpoint.reader import BlockReader, position_on_disk, runs_of
+from transfer.checkpoint.content import identities
+from transfer.checkpoint.reader import FILES_OPEN_MAX, BlockReader, position_on_disk, runs_of
 from transfer.errors import CheckpointError
 
+ROOT = Path(__file__).parents[3]
 HIDDEN, INNER = 33, 7  # 462 bytes a matrix: 50 bytes of alignment between the tensors of a block
 EXPERTS = 5
 ExpectedBlocks = Callable[[Path, str], dict[ExpertKey, bytes]]
@@ -136,3 +143,94 @@ def test_closing_gives_every_file_up(spread: Path) -> None:
     assert descriptors(spread) == 3
     reader.close()
     assert descriptors(spread) == 0
+
+
+# -- files that change, and many of them -----------------------------------------------------------------------
+
+
+def overwritten(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-33, os.SEEK_END)
+        file.write(bytes(33))
+
+
+def exchanged(path: Path) -> None:
+    """Another whole file takes the name; what was opened before goes on being read."""
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    other.rename(path)
+
+
+def mapped(path: Path) -> None:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as pages:
+        pages[-3:] = b"new"
+
+
+CHANGES = [overwritten, exchanged, mapped, Path.touch, lambda path: os.truncate(path, path.stat().st_size + 3)]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=["overwritten", "exchanged", "mapped", "touched", "grown"])
+@pytest.mark.parametrize("is_open", [False, True], ids=["before_it_is_opened", "while_it_is_open"])
+def test_a_block_of_a_file_that_changed_since_its_content_was_told_is_refused(
+    spread: Path, change: Callable[[Path], object], is_open: bool
+) -> None:
+    checkpoint = read_checkpoint(spread, "moe")
+    into = memoryview(bytearray(int(checkpoint.manifest.nbytes[0])))
+    with closing(BlockReader(checkpoint, identities(checkpoint))) as reader:
+        if is_open:
+            reader.read_block(0, into)
+        change(checkpoint.path(1))
+        with pytest.raises(CheckpointError, match=f"{checkpoint.path(1).name} was replaced or written to"):
+            reader.read_block(1, into)
+
+
+def test_a_file_that_changes_after_its_last_byte_was_read_is_refused(
+    spread: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write comes between reading and looking: whoever looks before reading does not see it."""
+    checkpoint = read_checkpoint(spread, "moe")
+    real, into = os.preadv, memoryview(bytearray(int(checkpoint.manifest.nbytes[0])))
+
+    def read_then_changed(*arguments: Any) -> int:
+        got = real(*arguments)
+        overwritten(checkpoint.path(2))
+        return got
+
+    with closing(BlockReader(checkpoint, identities(checkpoint))) as reader:
+        monkeypatch.setattr(os, "preadv", read_then_changed)
+        with pytest.raises(CheckpointError, match="was replaced or written to"):
+            reader.read_block(0, into)
+
+
+def test_a_checkpoint_of_more_files_than_descriptors_is_read(tmp_path: Path) -> None:
+    """160 files, and a process that may open 3 more at a time: content and blocks come."""
+    names = [f"model.layers.0.mlp.experts.{e}.{n}_proj.weight" for e in range(54) for n in ("gate", "up", "down")]
+    for number, name in enumerate(names):
+        save_file(
+            {name: np.full((7, 3) if "down" in name else (3, 7), number, np.float16)},
+            tmp_path / f"{number}.safetensors",
+        )
+    weight_map = {name: f"{number}.safetensors" for number, name in enumerate(names)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_DESCRIPTORS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "54 blocks\n", done.stderr
+
+
+FEW_DESCRIPTORS = f"""
+import os, resource, sys
+from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint import content
+from transfer.checkpoint.reader import BlockReader
+content.READ_THREADS = 3
+checkpoint = read_checkpoint(sys.argv[1], "moe")
+spare = os.open("/dev/null", os.O_RDONLY)
+resource.setrlimit(resource.RLIMIT_NOFILE, (spare + {FILES_OPEN_MAX}, spare + {FILES_OPEN_MAX}))
+os.close(spare)
+pinned = content.pin(checkpoint)
+reader = BlockReader(checkpoint, pinned.files)
+sizes = checkpoint.manifest.nbytes.tolist()
+read = [reader.read_block(row, memoryview(bytearray(size))) for row, size in enumerate(sizes)]
+print(len(set(read)), "blocks")
+"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
 from tests.processes import processor_time
 from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.content import pin
 from transfer.engine import Copy, MooncakeEngine, TransferEngine
 from transfer.errors import TransferFailed
 from transfer.memory import view
@@ -431,7 +433,7 @@ def test_blocks_of_the_checkpoint_go_through_a_buffer_and_wrong_ones_are_not_sen
     table, memory = plain_table(manifest)
     meddler = Meddler(engine)
     destination = ConsumerDestination(Writer(meddler, table, read_back=True), meddler)
-    source = Disk("disk", lambda: checkpoint)
+    source = Disk("disk", partial(pin, checkpoint))
     wants = [Want(row, int(manifest.nbytes[row]), None) for row in range(len(manifest))]
     wants[7] = Want(7, int(manifest.nbytes[7]), bytes(16))
     pushed = source.fetch(Batch(source, tuple(wants), (), 0), destination)

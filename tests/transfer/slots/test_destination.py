@@ -149,7 +149,7 @@ def test_what_is_read_in_one_run_never_goes_straight_and_is_compared_with_what_w
             for row, (piece,) in landed.pieces.items():
                 view(piece.destination, piece.nbytes)[:] = memoryview(scene.blocks[row])
             taken = {row: checksum(memoryview(scene.blocks[row])) for row in landed.pieces}
-            settled |= landed.settle({row: b"another" if row == 2 else said for row, said in taken.items()})
+            settled |= landed.settle({row: b"another" if row == 2 else said for row, said in taken.items()}, ())
     assert settled == {row: said for row, said in expected(scene).items() if row != 2}
     assert scene.is_right
 
