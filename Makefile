@@ -11,7 +11,7 @@ PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check mutate soak sglang bench fmt openapi clean
+.PHONY: help setup demo test check mutate soak floors sglang bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench    the benchmarks            make fmt      format the code"
 	@echo "make mutate   break the code on purpose, and see whether a test notices"
 	@echo "make soak     randomised campaigns: pauses, flips, contents, kills (SEED=, MINUTES= of each)"
+	@echo "make floors   the core of the tests with the lowest versions that pyproject.toml names"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
@@ -70,6 +71,21 @@ $(SGLANG)/.set-up: tests/sglang/requirements.txt | $(STAMP)
 
 sglang: setup $(SGLANG)/.set-up
 	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/sglang
+
+# The lowest versions that pyproject.toml names, in an environment of their own. Old packages warn, which is no failure.
+FLOORS := build/floors
+FLOORS_TESTS := tests/shm tests/app/cli tests/app/terminal tests/app/cluster tests/contract/test_api.py \
+    tests/contract/test_api_faults.py tests/transfer/engine $(wildcard tests/transfer/test_*.py)
+$(FLOORS)/.set-up: pyproject.toml constraints.txt tools/floors.py .ci/install | $(STAMP)
+	@rm -rf $(FLOORS)
+	@$(PYTHON) -m venv $(FLOORS)
+	@$(BIN)/python tools/floors.py > $(FLOORS)/requirements.txt
+	@echo "installing into $(FLOORS)"
+	@CONSTRAINTS=/dev/null bash .ci/install $(FLOORS)/bin/python --only-binary :all: --requirement $(FLOORS)/requirements.txt
+	@touch $@
+
+floors: setup $(FLOORS)/.set-up
+	@$(FLOORS)/bin/python -m pytest --numprocesses 2 --dist worksteal -W default::DeprecationWarning $(FLOORS_TESTS)
 
 bench: setup
 	@$(BIN)/python -m compileall -q app shm transfer

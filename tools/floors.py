@@ -1,7 +1,7 @@
-"""Prints what pins an environment to the lowest versions that pyproject.toml names: `python tools/floors.py > FILE`.
+"""Prints requirements at the lowest versions that pyproject.toml names: `python tools/floors.py > FILE`.
 
-Each dependency of a node, and of the transfer engine's extra, is pinned to its floor; what tests need, and torch, to
-what constraints.txt says: a test tool's floor promises users nothing, and the index may serve an older torch only with
+Each dependency of a node, and of the transfer engine's extra, is at its floor; what runs tests, and torch, at what
+constraints.txt says: a test tool's floor promises users nothing, and the index may serve an older torch only with
 several GB of CUDA. Everything else is what pip finds that fits. The standard library only.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 AS_CONSTRAINED = ("torch",)
+TEST_TOOLS = ("hypothesis", "psutil", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist")
 
 
 def name_of(requirement: str) -> str:
@@ -22,15 +23,14 @@ def name_of(requirement: str) -> str:
 
 
 def pins(pyproject: str, constraints: str) -> Iterator[str]:
-    """The lines of a constraints file, from the texts of two files."""
+    """One line a package, from the texts of the two files."""
     project = tomllib.loads(pyproject)["project"]
     extras = project["optional-dependencies"]
     pinned = {name_of(line): line for line in constraints.splitlines() if "==" in line}
     for requirement in (*project["dependencies"], *extras["cpu"]):
         name = name_of(requirement)
-        yield pinned[name] if name in AS_CONSTRAINED else requirement.replace(">=", "==")
-    for requirement in extras["dev"]:
-        yield pinned[name_of(requirement)]
+        yield pinned[name] if name in AS_CONSTRAINED else requirement.split(",")[0].replace(">=", "==")
+    yield from (pinned[name] for name in TEST_TOOLS)
 
 
 if __name__ == "__main__":
