@@ -18,7 +18,7 @@ help:
 	@echo "make test     the test suite            make check    linters, types, import rules, OpenAPI drift"
 	@echo "make bench    the benchmarks            make fmt      format the code"
 	@echo "make mutate   break the code on purpose, and see whether a test notices"
-	@echo "make soak     randomised campaigns: pauses, flips, contents, kills (SEED=, MINUTES= of each)"
+	@echo "make soak     randomised campaigns: pauses, slow links, flips, contents, kills (SEED=, MINUTES= of each)"
 	@echo "make floors   the core of the tests with the lowest versions that pyproject.toml names"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"

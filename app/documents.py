@@ -59,9 +59,11 @@ class Readiness(Document):
     state: NodeState
     checks: dict[str, bool] = Field(
         description="Each must hold: `manifest` is known, every block placed here is `published` (so verified), the "
-        "segment is `sealed`, its memory is `registered` with the transfer engine."
+        "segment is `sealed`, its memory is `registered` with the transfer engine, and readers find it: it is "
+        "`attachable`."
     )
     missing: int = Field(description="Blocks placed here that are not published.")
+    detail: str | None = Field(None, description="What readers would stumble over, or what has no room in memory.")
 
 
 class NodeDocument(Document):
@@ -85,6 +87,9 @@ class NodeDocument(Document):
     )
     version: str
     revision: str = Field(description="Changes whenever what the node publishes does.")
+    shortage: str | None = Field(
+        None, description="What of this node has no room in memory, and why. What it has goes on being served."
+    )
     replicas: int
     placement_digest: str | None
     started_at: datetime

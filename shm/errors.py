@@ -12,9 +12,9 @@ HotspareError
     ├── SegmentTruncated       shorter than its header says
     ├── SegmentTooNew          written by a newer Hotspare
     ├── SegmentCorrupt         header or manifest right in no copy, or a rule broken
-    ├── SegmentForbidden       exists, but this user may not open it
+    ├── SegmentForbidden       another user's, or open to others: neither attached nor adopted
     ├── SegmentBusy            owned by a living daemon
-    └── SharedMemoryFull       /dev/shm has not the space
+    └── SharedMemoryFull       /dev/shm, the control group or the host has not the space
 
 `transfer.errors` goes on with what can go wrong while bytes move.
 """
@@ -74,7 +74,7 @@ class SegmentCorrupt(SegmentError):
 
 
 class SegmentForbidden(SegmentError):
-    """The object exists, but this user may not open it."""
+    """The object is another user's, or others may write to it: whoever wrote it may have forged it."""
 
 
 class SegmentBusy(SegmentError):
@@ -86,12 +86,17 @@ class SegmentBusy(SegmentError):
 
 
 class SharedMemoryFull(SegmentError):
-    """/dev/shm lacks the space; `needed` and `free` are bytes."""
+    """Shared memory lacks the space; `needed` and `free` are bytes, and `where` is what has no more of them."""
 
-    def __init__(self, needed: int, free: int) -> None:
+    def __init__(
+        self,
+        needed: int,
+        free: int,
+        where: str = "/dev/shm",
+        remedy: str = "enlarge it (`mount -o remount,size=… /dev/shm`; containers: `--shm-size`)",
+    ) -> None:
         super().__init__(
-            f"/dev/shm has {free:,} bytes free, {needed:,} are needed: enlarge it "
-            "(`mount -o remount,size=… /dev/shm`; containers: `--shm-size`), remove segments nobody "
+            f"{where} has {free:,} bytes free, {needed:,} are needed: {remedy}, remove segments nobody "
             "owns (`hotspare rm`), or keep fewer replicas"
         )
         self.needed = needed

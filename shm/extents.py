@@ -13,10 +13,12 @@ import numpy as np
 
 from shm.errors import SegmentError
 
+GRANULARITY = mmap.ALLOCATIONGRANULARITY  # 4 KiB, or 64 on some hosts; the format's pages have 4 KiB on all of them
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """One mapping: bytes [start, end) of the object lie at `address`."""
+    """Bytes [start, end) of the object lie at `address`; the mapping may begin before that, and `view` with it."""
 
     start: int
     end: int
@@ -43,19 +45,33 @@ class Extents:
             return
         if fd < 0:  # mmap would take it for memory of no object
             raise SegmentError("the segment was given up: claim it again before more of it is mapped")
-        mapping = mmap.mmap(fd, end - start, flags=mmap.MAP_SHARED, prot=self._prot, offset=start)
+        first = start // GRANULARITY * GRANULARITY
+        mapping = mmap.mmap(fd, end - first, flags=mmap.MAP_SHARED, prot=self._prot, offset=first)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTDUMP"):  # both only advice: an old kernel may refuse
             try:
                 mapping.madvise(getattr(mmap, advice))
             except (AttributeError, OSError):
                 continue
-        address = int(np.frombuffer(mapping, np.uint8).ctypes.data)
+        address = int(np.frombuffer(mapping, np.uint8).ctypes.data) + start - first
         self._extents.append(Extent(start, end, address, memoryview(mapping)))
 
-    def find(self, offset: int, nbytes: int) -> tuple[Extent, int]:
-        """The mapping that has these bytes of the object, and where in it they begin. No block lies in two."""
-        extent = next(e for e in reversed(self._extents) if e.start <= offset and offset + nbytes <= e.end)
-        return extent, offset - extent.start
+    def _find(self, offset: int, nbytes: int) -> Extent:
+        """The mapping that has these bytes of the object; no block lies in two."""
+        for extent in reversed(self._extents):
+            if extent.start <= offset and offset + nbytes <= extent.end:
+                return extent
+        raise SegmentError(f"bytes {offset:,} to {offset + nbytes:,} of the segment are not mapped: it was given up")
+
+    def address(self, offset: int, nbytes: int) -> int:
+        """Where these bytes of the object lie in this process's memory. Raises SegmentError where nothing has them."""
+        extent = self._find(offset, nbytes)
+        return extent.address + offset - extent.start
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """These bytes of the object. Raises SegmentError where nothing has them."""
+        extent = self._find(offset, nbytes)
+        at = len(extent.view) - (extent.end - offset)
+        return extent.view[at : at + nbytes]
 
     def ranges(self, start: int) -> list[tuple[int, int]]:
         """(address, nbytes) of all that is mapped of the object from `start` on."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from shm import posix
 from shm.errors import HotspareError, SegmentBusy, SegmentForeign, SegmentNotFound
 from shm.header import Header
-from shm.layout import PREFIX, SHM_DIRECTORY
+from shm.layout import PREFIX, SHM_DIRECTORY, SegmentState
 from shm.lookup import object_names, read_header
+
+INODE_FIELD = 4  # of a line of /proc/PID/maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,48 +32,52 @@ class SegmentInfo:
         return "unreadable" if self.header is None else self.header.state.name.lower()
 
 
-def attached_pids(object_name: str, nodev_ino: tuple[int, int]) -> tuple[int, ...]:
-    """Processes that have the object mapped, as far as this user may see; the owner is among them."""
-    inode = str(nodev_ino[1])
-    path = os.path.join(SHM_DIRECTORY, object_name)
-    pids = []
+Mapped = Mapping[str, Collection[int]]
+"""Inode of an object, in decimal → processes that have it mapped."""
+
+
+def mapped_objects() -> Mapped:
+    """Who has which object of /dev/shm mapped, as far as this user may see; owners are among them."""
+    found: dict[str, set[int]] = defaultdict(set)
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{pid}/maps") as maps:
-                if any(path in line and inode in line.split() for line in maps):
-                    pids.append(int(pid))
+            with open(f"/proc/{pid}/maps", errors="replace") as maps:
+                for line in maps:
+                    if f" {SHM_DIRECTORY}/{PREFIX}." in line:
+                        found[line.split()[INODE_FIELD]].add(int(pid))
         except OSError:
             continue
-    return tuple(sorted(pids))
+    return found
 
 
-def inspect(object_name: str) -> SegmentInfo:
+def inspect(object_name: str, mapped: Mapped | None = None) -> SegmentInfo:
     """Look at one object. Raises SegmentNotFound; anything else that is wrong with it is in `error`."""
     try:
-        stat = os.stat(os.path.join(SHM_DIRECTORY, object_name))
+        stat = os.stat(os.path.join(SHM_DIRECTORY, object_name), follow_symlinks=False)
     except FileNotFoundError as error:
         raise SegmentNotFound(f"there is no {SHM_DIRECTORY}/{object_name}: `hotspare ls` lists what is") from error
-    pids = attached_pids(object_name, (stat.st_dev, stat.st_ino))
+    pids = tuple(sorted((mapped_objects() if mapped is None else mapped).get(str(stat.st_ino), ())))
+    header, alive, wrong = None, False, None
     try:
-        fd = posix.open_existing(object_name, read_only=True)
+        fd = posix.open_existing(object_name, read_only=True, any_owner=True)
     except HotspareError as error:
         return SegmentInfo(object_name, stat.st_size, None, False, pids, str(error))
     try:
         alive = posix.is_locked(fd)
-        try:
-            return SegmentInfo(object_name, stat.st_size, read_header(fd, object_name), alive, pids)
-        except HotspareError as error:
-            return SegmentInfo(object_name, stat.st_size, None, alive, pids, str(error))
+        header = read_header(fd, object_name)
+    except HotspareError as error:
+        wrong = str(error)
     finally:
         os.close(fd)
+    return SegmentInfo(object_name, stat.st_size, header, alive, pids, wrong)
 
 
 def list_segments() -> list[SegmentInfo]:
-    """Every segment of this host, by object name."""
-    found = []
+    """Every segment of this host, this user's first, by object name. Raises SegmentError where there is no /dev/shm."""
+    found, mapped = [], mapped_objects()
     for object_name in object_names():
         try:
-            found.append(inspect(object_name))
+            found.append(inspect(object_name, mapped))
         except SegmentNotFound:
             continue  # removed while we looked
     return found
@@ -83,7 +91,7 @@ def remove(object_name: str) -> int:
     info = inspect(object_name)
     if not object_name.startswith(PREFIX + "."):
         raise SegmentForeign(f"{SHM_DIRECTORY}/{object_name} is not a Hotspare segment: it is not ours to remove")
-    fd = posix.open_existing(object_name, read_only=False)
+    fd = posix.open_existing(object_name, read_only=False, any_owner=True)
     try:
         if not posix.try_lock(fd):  # who starts from here on is refused, or finds no object
             pid = info.header.owner_pid if info.header else 0
@@ -95,3 +103,23 @@ def remove(object_name: str) -> int:
     finally:
         os.close(fd)
     return info.nbytes
+
+
+def give_up(object_name: str) -> bool:
+    """Unlink a segment of this process that is not sealed; whether there was one.
+
+    For a process that ends with threads still at work on it: they keep their mappings until then. Raises what reading
+    its header does.
+    """
+    try:
+        fd = posix.open_existing(object_name, read_only=True)
+    except SegmentNotFound:
+        return False
+    try:
+        header = read_header(fd, object_name)
+        is_ours = header.owner_pid == os.getpid() and header.state is not SegmentState.SEALED
+        if is_ours and posix.still_named(fd, object_name):
+            posix.unlink(object_name)
+        return is_ours
+    finally:
+        os.close(fd)

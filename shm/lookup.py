@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 
 from shm import posix
-from shm.errors import ManifestError, SegmentAmbiguous, SegmentCorrupt, SegmentError, SegmentNotFound
+from shm.errors import (
+    ManifestError,
+    SegmentAmbiguous,
+    SegmentCorrupt,
+    SegmentError,
+    SegmentForbidden,
+    SegmentNotFound,
+)
 from shm.header import Header, corrupt
 from shm.layout import MANIFEST_OFFSET, PREFIX, SHM_DIRECTORY, SegmentName, SegmentState, copy_offset, object_prefix
 from shm.manifest import Manifest, check_name
 from shm.rules import check_length, check_sections
 
-SEGMENTS_MAX = 4096  # listed of one host
+SEGMENTS_MAX = 4096  # listed of one host, this user's first
 HEADER_READS_MAX = 5  # both pages may be torn for who reads slowly while their owner rewrites one and the other
 HEADER_RETRY_S = 0.002
 
 
-def object_names() -> Iterator[str]:
-    """Names in /dev/shm that could be segments, sorted."""
-    names = sorted(n for n in os.listdir(SHM_DIRECTORY) if n.startswith(PREFIX + "."))
-    yield from names[:SEGMENTS_MAX]
+def object_names() -> list[str]:
+    """Names in /dev/shm that could be segments: this user's, then others', who may have made any number; sorted.
+
+    Raises SegmentError where there is no /dev/shm.
+    """
+    with _directory() as entries:
+        owners = [(_owner(entry) != os.geteuid(), entry.name) for entry in entries if _is_ours(entry.name)]
+    return [name for _, name in sorted(owners)[:SEGMENTS_MAX]]
+
+
+def _is_ours(object_name: str) -> bool:
+    return object_name.startswith(PREFIX + ".")
+
+
+def _directory() -> os._ScandirIterator[str]:
+    try:
+        return os.scandir(SHM_DIRECTORY)
+    except OSError as error:
+        raise SegmentError(f"{SHM_DIRECTORY} cannot be listed ({error.strerror}): mount a tmpfs there") from error
+
+
+def _owner(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_uid
+    except OSError:  # removed while we looked
+        return -1
 
 
 def find_segment(model: str, namespace: str = "default", node: str | None = None) -> str:
@@ -35,14 +63,15 @@ def find_segment(model: str, namespace: str = "default", node: str | None = None
     check_name("model", model), check_name("namespace", namespace)
     found: dict[str, Header] = {}
     wrong: list[SegmentError] = []
-    for object_name in object_names():
+    with _directory() as entries:
+        names = sorted(entry.name for entry in entries if entry.name.startswith(object_prefix(namespace, model)))
+    for object_name in names:
         try:
             header = open_header(object_name)
         except SegmentNotFound:  # removed while we looked
             continue
         except SegmentError as error:
-            if object_name.startswith(object_prefix(namespace, model)):
-                wrong.append(error)
+            wrong.append(error)
             continue
         if (header.name.namespace, header.name.model) == (namespace, model):
             found[object_name] = header
@@ -51,8 +80,8 @@ def find_segment(model: str, namespace: str = "default", node: str | None = None
     if len(choice) > 1:
         nodes = ", ".join(sorted(found[o].name.node for o in choice))
         raise SegmentAmbiguous(f"several nodes of this host hold {model}: say node=… ({nodes})")
-    if not choice and wrong:
-        raise wrong[0]
+    if not choice and wrong:  # what is wrong with our own says more than that others have made something, too
+        raise min(wrong, key=lambda error: isinstance(error, SegmentForbidden))
     if not choice:
         raise SegmentNotFound(
             f"no segment of {model} in namespace {namespace} on this host: `hotspare ls` lists what is, "

@@ -4,7 +4,11 @@
       └────── a sealed object of a dead owner ─────────▶┘
 
 The object is never made shorter while it has a name: a reader that has it mapped would die of SIGBUS. To start over,
-the name is unlinked and a new object takes it; readers of the old one keep their memory until they let go.
+the name is unlinked and a new object takes it; readers of the old one keep their memory until they let go. Where the
+old one is still good, the new one has its room before that (`succeed`): a shortage costs nobody anything.
+
+Others may do to the object what they may do to any file: unlink it, cut it short, change its mode. `reader_problem`
+says what of that a reader would stumble over, and `mend` puts right what can be.
 
 What an owner knows of its segment it keeps in memory of its own, and the object has it twice: what is damaged there is
 written anew, when the segment is adopted and whenever `mend` is called.
@@ -16,7 +20,8 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +30,7 @@ import xxhash
 
 from shm import posix
 from shm.block import HeldBlock
-from shm.checksum import CHECKSUM_NBYTES
+from shm.checksum import CHECKSUM_NBYTES, checksum
 from shm.errors import (
     BlockUnavailable,
     InvalidInput,
@@ -61,7 +66,10 @@ from shm.twin import Twin
 
 CLAIM_ATTEMPTS_MAX = 16
 
+READ_NBYTES = 1 << 20  # at a time, of a block that is read and not mapped
+
 _NO_TABLE = BlockTable(np.zeros(0, dtype=ENTRY), ())
+_NO_MANIFESTS = Twin("manifest", b"", MANIFEST_OFFSET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,11 @@ class Damage:
     """Manifest rows whose entry in the block table was written anew."""
     lost: tuple[int, ...] = ()
     """Those of them that were right in no copy: their blocks are absent now, and `extend` makes room for them."""
+    cut_off: tuple[int, ...] = ()
+    """Rows whose block lost bytes as somebody cut the object short: they are hidden now."""
+
+    def __bool__(self) -> bool:
+        return bool(self.parts or self.rows or self.cut_off)
 
 
 class Segment:
@@ -82,8 +95,10 @@ class Segment:
     def __init__(self, name: SegmentName, fd: int, header: Header) -> None:
         self.name = name
         self._fd = fd
+        self._identity = posix.identity(fd)
         self._header = header
         self._manifest: Manifest | None = None
+        self._manifests = _NO_MANIFESTS
         self._table = _NO_TABLE
         self._extents = Extents(mmap.PROT_READ | mmap.PROT_WRITE)
         self._served = Extents(mmap.PROT_READ)
@@ -148,7 +163,8 @@ class Segment:
         try:
             posix.reserve(fd, 0, MANIFEST_OFFSET)
         except BaseException:
-            posix.unlink(name.object_name)
+            if posix.still_named(fd, name.object_name):  # else it is one of `succeed`, and another has the name
+                posix.unlink(name.object_name)
             raise
         segment._write_header()
         return segment
@@ -186,7 +202,8 @@ class Segment:
             raise SegmentError(f"{self.name} is allocated already: start over with `renew`")
         plan = plan_segment(manifest, rows)
         posix.reserve(self._fd, MANIFEST_OFFSET, plan.total_nbytes)
-        Twin("manifest", manifest.to_bytes(), MANIFEST_OFFSET).write(self._fd)
+        self._use_manifest(manifest)
+        self._manifests.write(self._fd)
         Twin("table", plan.table.tobytes(), plan.table_offset).write(self._fd)
         self._write_header(
             state=SegmentState.FILLING,
@@ -200,8 +217,11 @@ class Segment:
             manifest_digest=bytes.fromhex(manifest.digest),
         )
         self._extents.cover(self._fd, plan.total_nbytes)
-        self._manifest = manifest
         self._table = BlockTable(plan.table, self._table_copies())
+
+    def _use_manifest(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._manifests = Twin("manifest", manifest.to_bytes(), MANIFEST_OFFSET)
 
     def extend(self, rows: Iterable[int]) -> None:
         """Reserve space for more rows behind what is there, which readers keep reading meanwhile."""
@@ -223,9 +243,40 @@ class Segment:
         Readers keep what they have mapped, and so does whoever has this `Segment`: it can be read for as long as it is
         held, and owns nothing any more.
         """
-        posix.unlink(self.name.object_name)
-        self._disown()
+        self.give_up()
         return Segment.claim(self.name)
+
+    def give_up(self) -> None:
+        """Own the object no longer, nor its name. What is mapped can be read for as long as this `Segment` is held."""
+        self._unname()
+        self._disown()
+
+    def succeed(self, manifest: Manifest, rows: Iterable[int]) -> Segment:
+        """Another segment of this name, with room for these rows; this one is given up once that is there.
+
+        Until then the new object has no name: killed at any point, this leaves the old one or the new one and nothing
+        else. Raises SharedMemoryFull and whatever else keeps it from being made, and is then as before.
+        """
+        fd = posix.create_unnamed()
+        try:
+            posix.try_lock(fd)
+            successor = Segment._start(self.name, fd)
+            successor.allocate(manifest, rows)
+            self._unname()
+            posix.name(fd, self.name.object_name)
+        except FileExistsError as error:
+            os.close(fd)
+            raise SegmentError(f"{self.name} was taken by another process just now: see `hotspare ls`") from error
+        except BaseException:
+            os.close(fd)
+            raise
+        self._disown()
+        return successor
+
+    def _unname(self) -> None:
+        """Unlink the name if it leads to this object: it may have been lost, and be another owner's now."""
+        if self._fd >= 0 and posix.still_named(self._fd, self.name.object_name):
+            posix.unlink(self.name.object_name)
 
     def _table_copies(self) -> tuple[Entries, ...]:
         return table_copies(self._extents.views()[0], self._header.table_offset, self._header.table_nbytes)
@@ -234,13 +285,41 @@ class Segment:
         """Take over all that is right, and write anew what is not. Raises SegmentCorrupt if nothing can be kept."""
         header, where = self._header, f"{SHM_DIRECTORY}/{self.name.object_name}"
         self._extents.cover(self._fd, header.total_nbytes)
-        self._manifest = read_manifest(self._extents.views()[0], header, where)
+        manifest = read_manifest(self._extents.views()[0], header, where)
+        self._use_manifest(manifest)
         copies = self._table_copies()
-        entries, lost = read_entries(copies, np.arange(len(self._manifest)))
-        check_entries(entries, lost, self._manifest, header, where)
+        entries, lost = read_entries(copies, np.arange(len(manifest)))
+        check_entries(entries, lost, manifest, header, where)
         entries[lost] = absent_entries(np.flatnonzero(lost))
         self._table = BlockTable(entries, copies)
-        return replace(self.mend(), lost=tuple(np.flatnonzero(lost).tolist()))
+        damage = replace(self.mend(), lost=tuple(np.flatnonzero(lost).tolist()))
+        if not damage.lost:  # else one of the places that nothing is known of may be the last
+            self._cut_off_unused()
+        return damage
+
+    def _cut_off_unused(self) -> None:
+        """Free the pages behind the last block: an owner that was killed while it extended the segment left them.
+
+        The object stays as long as it is. Who reads it by an earlier header is led to none of them by any entry.
+        """
+        header, entries = self._header, self._table.entries
+        is_placed = entries["state"] != BlockState.ABSENT
+        ends = entries["offset"][is_placed] + entries["nbytes"][is_placed]
+        end = align(int(ends.max(initial=header.data_offset)))
+        posix.give_back(self._fd, align(end, mmap.PAGESIZE), os.fstat(self._fd).st_size)
+        if end < header.total_nbytes:
+            self._write_header(total_nbytes=end, data_nbytes=end - header.data_offset)
+            self._extents.clear()  # `extend` goes on there, and no block may lie in two mappings
+            self._extents.cover(self._fd, end)
+            self._table = BlockTable(entries, self._table_copies())
+
+    def drop_unfilled(self, rows: Iterable[int]) -> None:
+        """Give back the room of those of these rows whose block never was here."""
+        for row in np.intersect1d(np.fromiter(rows, np.int64), self.rows(BlockState.RESERVED)).tolist():
+            offset, nbytes = self._place(row)
+            self._table.drop(row)
+            start, end = align(offset, mmap.PAGESIZE), align(offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            posix.give_back(self._fd, start, end)
 
     def _header_pages(self) -> Twin:
         return Twin("header", self._header.pack(), 0)
@@ -259,14 +338,70 @@ class Segment:
     def mend(self) -> Damage:
         """Write anew what is damaged of all that leads to the blocks, and say what was. The blocks are not looked at.
 
+        An object that was cut short has its length again after that. Raises SharedMemoryFull where it cannot have it.
         For any thread, whatever others do with the segment; one that has no content, or is given up, has no damage.
         """
+        cut_off = self._regrow()
         with self._heading:
             if self._fd < 0 or self._manifest is None:
                 return Damage()
-            manifests = Twin("manifest", self._manifest.to_bytes(), MANIFEST_OFFSET)
-            parts = self._header_pages().mend(self._fd) + manifests.mend(self._fd)
-        return Damage(tuple(parts), tuple(self._table.mend().tolist()))
+            parts = self._header_pages().mend(self._fd) + self._manifests.mend(self._fd)
+        return Damage(tuple(parts), tuple(self._table.mend().tolist()), cut_off=cut_off)
+
+    def _regrow(self) -> tuple[int, ...]:
+        """Give an object that was cut short its length again, and hide the blocks that lost bytes by that; their rows.
+
+        First of all, for whoever touches a page behind the end dies of SIGBUS.
+        """
+        with self._own_descriptor() as fd:
+            whole = self._header.total_nbytes
+            if fd < 0 or (there := os.fstat(fd).st_size) >= whole:
+                return ()
+            posix.reserve(fd, there // mmap.PAGESIZE * mmap.PAGESIZE, whole)
+        entries = self._table.entries
+        ends = entries["offset"] + entries["nbytes"]
+        rows: list[int] = np.flatnonzero((entries["state"] == BlockState.PUBLISHED) & (ends > there)).tolist()
+        for row in rows:
+            self._table.hide(row)
+        return tuple(rows)
+
+    @contextmanager
+    def _own_descriptor(self) -> Iterator[int]:
+        """A descriptor that stays this object's whatever other threads do with the segment; -1 once it is given up."""
+        with self._heading:
+            fd = os.dup(self._fd) if self._fd >= 0 else -1
+        try:
+            yield fd
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def reader_problem(self) -> str | None:
+        """Why nobody could attach to what this segment's name leads to; None if its header and its manifest are found.
+
+        Looks at the object and not at what is known here, as a reader does. Takes about a millisecond.
+        """
+        object_name = self.name.object_name
+        try:
+            fd = posix.open_existing(object_name, read_only=True)
+        except SegmentError as error:
+            return str(error)
+        try:
+            if not posix.still_named(fd, object_name) or posix.identity(fd) != self._identity:
+                return f"{SHM_DIRECTORY}/{object_name} is another object now: see `hotspare ls`"
+            read_header(fd, object_name)
+            if self._manifest is not None and not self._manifests.is_whole(fd):
+                return f"{SHM_DIRECTORY}/{object_name}: its manifest is damaged in both copies"
+        except SegmentError as error:
+            return str(error)
+        finally:
+            os.close(fd)
+        return None
+
+    def is_named(self) -> bool:
+        """Whether its name leads to it."""
+        with self._own_descriptor() as fd:
+            return fd >= 0 and posix.still_named(fd, self.name.object_name)
 
     # -- what is there ---------------------------------------------------------------------------------------
 
@@ -346,20 +481,33 @@ class Segment:
 
     def address(self, row: int) -> int:
         """Where the block lies in this process's memory."""
-        extent, at = self._extents.find(*self._place(row))
-        return extent.address + at
+        return self._extents.address(*self._place(row))
 
     def served_address(self, row: int) -> int:
         """Where the block lies in `served_ranges`."""
         self.served_ranges()
-        extent, at = self._served.find(*self._place(row))
-        return extent.address + at
+        return self._served.address(*self._place(row))
 
     def block(self, row: int) -> memoryview:
         """The block's bytes, writable."""
+        return self._extents.view(*self._place(row))
+
+    def read_checksum(self, row: int) -> bytes | None:
+        """Take the checksum of the block's bytes as they are in the object; None if the object ends before them.
+
+        They are read, not mapped: somebody may be cutting the object short, and touching such a page is SIGBUS.
+        """
         offset, nbytes = self._place(row)
-        extent, at = self._extents.find(offset, nbytes)
-        return extent.view[at : at + nbytes]
+        with self._own_descriptor() as fd:
+            if fd < 0:  # no longer anybody's to cut short
+                return checksum(self.block(row))
+            taken, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(READ_NBYTES, nbytes)))
+            while nbytes:
+                if not (read := os.preadv(fd, [buffer[:nbytes]], offset)):
+                    return None
+                taken.update(buffer[:read])
+                offset, nbytes = offset + read, nbytes - read
+        return taken.digest()
 
     # -- publishing ------------------------------------------------------------------------------------------
 
@@ -411,6 +559,5 @@ class Segment:
 
     def unlink(self) -> None:
         """Remove the name, then close."""
-        if self._fd >= 0 and posix.still_named(self._fd, self.name.object_name):
-            posix.unlink(self.name.object_name)
+        self._unname()
         self.close()

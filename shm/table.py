@@ -100,6 +100,11 @@ class BlockTable:
         with self._lock:
             self._show(row, BlockState.QUARANTINED)
 
+    def drop(self, row: int) -> None:
+        """Take the block's place away; nobody ever read it there."""
+        with self._lock:
+            self._show(row, BlockState.ABSENT)
+
     def _write(self, rows: Int64s | int) -> None:
         for copy in self._copies:
             for field in ("offset", "nbytes", "checksum", "reserved", "check"):

@@ -24,6 +24,10 @@ class Twin:
         for _, at in self._places():
             os.pwrite(fd, self.content, at)
 
+    def is_whole(self, fd: int) -> bool:
+        """Whether at least one of the two is as it was written."""
+        return any(os.pread(fd, len(self.content), at) == self.content for _, at in self._places())
+
     def mend(self, fd: int) -> list[str]:
         """Write anew what of the two differs; what did."""
         differing = [(what, at) for what, at in self._places() if os.pread(fd, len(self.content), at) != self.content]

@@ -38,12 +38,21 @@ class TransferFailed(EngineError):
     """A batch failed. With `timed_out`, bytes may land in its destinations later.
 
     With `is_destination_gone`, what is to be filled does not answer: it makes no difference who brings the bytes.
+    `lost` are the numbers of the copies that failed, where all others came and nothing lands later; else it is empty.
     """
 
-    def __init__(self, message: str, *, timed_out: bool = False, is_destination_gone: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        timed_out: bool = False,
+        is_destination_gone: bool = False,
+        lost: frozenset[int] = frozenset(),
+    ) -> None:
         super().__init__(message)
         self.timed_out = timed_out
         self.is_destination_gone = is_destination_gone
+        self.lost = lost
 
 
 class SomeLost(HotspareError):

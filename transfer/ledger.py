@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -105,22 +105,22 @@ class Orders(NamedTuple):
 @dataclass(slots=True)
 class _Block:
     want: Want
-    offers: list[Offer]
+    offers: Sequence[Offer]
     stage: Stage = Stage.WANTED
     source: Hashable = None
     """Whom it waits for, or whose bytes it has."""
     checksum: bytes | None = None
     """That was verified while it is RIGHT or HELD_BACK, and at the look that follows."""
-    tried: list[Hashable] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    tried: tuple[Hashable, ...] = ()
+    reasons: tuple[str, ...] = ()
 
     def give_reason(self, reason: str) -> None:
         if len(self.reasons) < REASONS_MAX and reason not in self.reasons:
-            self.reasons.append(reason)
+            self.reasons += (reason,)
 
     def try_again_or_close(self, source: Hashable) -> None:
         """It was tried there in vain: it may be tried again, but not for ever."""
-        self.tried.append(source)
+        self.tried += (source,)
         if self.tried.count(source) >= OFFER_TRIES_MAX:
             self.close(source)
 
@@ -139,11 +139,11 @@ class Ledger:
         reasons: Mapping[int, str] | None = None,
     ) -> None:
         """`offers` by manifest row; the sources in them are the keys of `parties`. `reasons` are known beforehand."""
-        self._blocks = {want.row: _Block(want, list(offers.get(want.row, ()))) for want in wants}
+        self._blocks = {want.row: _Block(want, offers.get(want.row, ())) for want in wants}
         for row, reason in (reasons or {}).items():
             self._blocks[row].give_reason(reason)
         self._sources = {key: Record(key, party) for key, party in parties.items()}
-        self._count = Counter({Stage.WANTED: len(self._blocks)})
+        self._count = dict.fromkeys(Stage, 0) | {Stage.WANTED: len(self._blocks)}
         self._unassigned = list(self._blocks)
         self._to_verify: list[int] = []
         self._to_publish: list[int] = []
@@ -183,16 +183,17 @@ class Ledger:
 
     def _choose(self, block: _Block) -> Offer | None:
         """Of the offers that are open: first one not doubted, then not tried, nearest, least loaded."""
-
-        def cost(offer: Offer) -> tuple[bool, bool, int, int]:
-            source = self._sources[offer.source]
-            is_doubted = source.standing is Standing.DOUBTED
-            return is_doubted, offer.source in block.tried, source.party.tier, source.load_nbytes
-
         if self._is_abandoned:
             return None
         offers = [o for o in block.offers if not self._sources[o.source].is_given_up]
-        return min(offers, key=cost) if len(offers) > 1 else offers[0] if offers else None
+        if len(offers) > 1:
+            costs = [self._cost(offer, block.tried) for offer in offers]
+            return offers[costs.index(min(costs))]
+        return offers[0] if offers else None
+
+    def _cost(self, offer: Offer, tried: Sequence[Hashable]) -> tuple[bool, bool, int, int]:
+        source = self._sources[offer.source]
+        return source.is_doubted, offer.source in tried, source.party.tier, source.load_nbytes
 
     def _start(self, now: float) -> Iterable[Batch]:
         free = LANES_MAX - sum(len(source.under_way) for source in self._sources.values())
@@ -206,7 +207,8 @@ class Ledger:
                 self._step(self._blocks[want.row], Event.STARTED)
             yield batch
             free -= 1
-            ready = [s for s in ready if s.has_room]
+            if not source.has_room:
+                ready.remove(source)
 
     def _arrived(self, rows: Iterable[int]) -> tuple[Arrived, ...]:
         return tuple(Arrived(b.want, b.source, b.checksum) for b in map(self._blocks.__getitem__, rows))
@@ -214,7 +216,7 @@ class Ledger:
     def _wait_s(self, now: float) -> float | None:
         if self.is_cancelled:
             return None
-        pauses = (s.pause_s(now) for s in self._sources.values() if s.has_room)
+        pauses = (s.pause_s(now) for s in self._sources.values() if s.is_doubted and s.has_room)
         return min((pause for pause in pauses if pause), default=None)
 
     # -- what happened ---------------------------------------------------------------------------------------
@@ -287,7 +289,7 @@ class Ledger:
                 self.wrong[block.source].append(row)
             self._turn_down(block, Event.WRONG, reason)
             return
-        self._step(block, Event.EARLY if self._touched[row] else Event.MATCHED)
+        self._step(block, Event.EARLY if self._touched.get(row) else Event.MATCHED)
         block.checksum = checksum
         if block.stage is Stage.RIGHT:
             self._to_publish.append(row)
@@ -368,12 +370,14 @@ class Ledger:
         after = STEPS.get((before, event))
         if after is None:
             raise RuntimeError(f"block {block.want.row} is {before}: it cannot be {event}")
-        self._count[before] -= 1
-        self._count[after] += 1
+        count = self._count
+        count[before] -= 1
+        count[after] += 1
         block.stage = after
-        if Stage.UNVERIFIED in (before, after):
-            sign = 1 if after is Stage.UNVERIFIED else -1
-            self._sources[block.source].unverified_nbytes += sign * block.want.nbytes
+        if after is Stage.UNVERIFIED:
+            self._sources[block.source].unverified_nbytes += block.want.nbytes
+        elif before is Stage.UNVERIFIED:
+            self._sources[block.source].unverified_nbytes -= block.want.nbytes
 
     def _want_again(self, block: _Block, event: Event) -> None:
         self._step(block, event)

@@ -59,9 +59,9 @@ def offers(rows: Iterable[int], holders: Sequence[Holder], expected: Mapping[int
         checksum = expected.get(row) or _agreed([said for _, _, said in held if said is not None])
         if checksum is not None:
             wanted[row] = checksum
-        by_row[row] = [Offer(source, address) for source, address, said in held if said in (None, checksum)]
-        if others := tuple(source.name for source, _, said in held if said not in (None, checksum)):
-            aside[row] = others
+        by_row[row] = [Offer(source, address) for source, address, said in held if said is None or said == checksum]
+        if len(by_row[row]) < len(held):
+            aside[row] = tuple(source.name for source, _, said in held if said not in (None, checksum))
     return Offers(by_row, wanted, aside)
 
 

@@ -7,11 +7,11 @@ Which offer is taken, and what becomes of a block whose source fails, is decided
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from transfer.engine import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy
+from transfer.engine import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy, Watch
 
 ITEM_NBYTES_MAX = 8 << 20  # TCP moves the items of a call side by side, and each item through one connection
 
@@ -41,12 +41,16 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What one source is asked for at a time: whole blocks, and where each lies there. Equal to itself alone."""
+    """What one source is asked for at a time: whole blocks, and where each lies there. Equal to itself alone.
+
+    `watch` says how far it is, and whether it was recalled: whoever brings it writes the one, who ordered it the other.
+    """
 
     source: Hashable
     wants: tuple[Want, ...]
     addresses: tuple[int, ...]
     nbytes: int
+    watch: Watch = field(default_factory=Watch, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,8 +176,8 @@ class Restore:
             self._wait_s = orders.wait_s
             if self._wait_s is not None or not self._ledger.is_busy:
                 self._changed.notify_all()
-        for block in orders.publish:
-            self._publish(block)
+        if orders.publish:
+            self._publish(orders.publish)
 
     def _guard(self, work: Callable[[T], None], subject: T) -> None:
         """Have `run` raise what a thread of ours did not foresee: else it would wait for ever."""
@@ -210,12 +210,22 @@ class Restore:
         else:
             self._tell(partial(self._ledger.verified, block.want.row, checksum))
 
-    def _publish(self, block: Arrived) -> None:
-        assert block.checksum is not None
-        try:
-            self._destination.publish(block.want, block.checksum)
-        except Exception as error:  # as in `_verify`
-            self._tell(partial(self._ledger.refused, block.want.row, told(error)))
-        else:
-            self.progress.done(self._sources[block.source].kind, block.want.nbytes)
-            self._tell(partial(self._ledger.published, block.want.row))
+    def _publish(self, blocks: Sequence[Arrived]) -> None:
+        """Publish what arrived together, and then tell the ledger, once: asking it what comes next costs more."""
+        refused: dict[int, str] = {}
+        for block in blocks:
+            assert block.checksum is not None
+            try:
+                self._destination.publish(block.want, block.checksum)
+            except Exception as error:  # as in `_verify`
+                refused[block.want.row] = told(error)
+            else:
+                self.progress.done(self._sources[block.source].kind, block.want.nbytes)
+        self._tell(partial(self._settled, [block.want.row for block in blocks], refused))
+
+    def _settled(self, rows: Sequence[int], refused: Mapping[int, str]) -> None:
+        for row in rows:
+            if row in refused:
+                self._ledger.refused(row, refused[row])
+            else:
+                self._ledger.published(row)

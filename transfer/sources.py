@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from enum import StrEnum
 from functools import partial
@@ -20,9 +20,9 @@ from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.checkpoint.reader import BlockReader, position_on_disk
 from transfer.destination import Destination, Resident
 from transfer.engine import Copy, TransferEngine
-from transfer.errors import CheckpointError, SomeLost
+from transfer.errors import CheckpointError, SomeLost, TransferFailed
 from transfer.memory import populate, view
-from transfer.plan import Batch, Limits, coalesce, sliced, split
+from transfer.plan import Batch, Limits, Piece, coalesce, sliced, split
 
 LOCAL_LANES_MAX = 16
 LOCAL_BATCH_NBYTES_MIN = 8 << 20
@@ -150,6 +150,7 @@ def reading(engine: TransferEngine, session_id: str) -> Move:
 def _read(engine: TransferEngine, session_id: str, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
     address = {want.row: at for want, at in zip(batch.wants, batch.addresses, strict=True)}
     checksums: dict[int, bytes] = {}
+    lost: dict[int, str] = {}
     for landing in destination.landings(batch.wants, in_one_run=False):
         with landing as landed:
             copies = [
@@ -160,9 +161,26 @@ def _read(engine: TransferEngine, session_id: str, batch: Batch, destination: De
             for call in split(sliced(coalesce(copies)), Limits()):
                 for copy in call:
                     populate(copy.destination, copy.nbytes)
-                engine.read(session_id, call)
-            checksums |= landed.settle({}, ())
+                try:
+                    engine.read(session_id, call, batch.watch)
+                except TransferFailed as error:
+                    if not error.lost or (len(error.lost) == len(call) and not batch.watch.arrived_nbytes):
+                        raise
+                    lost |= dict.fromkeys(_rows_of([call[number] for number in error.lost], landed.pieces), str(error))
+            checksums |= landed.settle({}, lost.keys())
+    if lost:
+        raise SomeLost(lost, checksums)
     return checksums
+
+
+def _rows_of(copies: Sequence[Copy], pieces: Mapping[int, Sequence[Piece]]) -> list[int]:
+    """The blocks that have a byte in one of these copies."""
+    spans = [(copy.destination, copy.destination + copy.nbytes) for copy in copies]
+    return [
+        row
+        for row, each in pieces.items()
+        if any(start < p.destination + p.nbytes and p.destination < end for p in each for start, end in spans)
+    ]
 
 
 # -- the disk ------------------------------------------------------------------------------------------------------
@@ -201,10 +219,14 @@ class Disk:
                 with landing as landed:
                     taken: dict[int, bytes] = {}
                     for row, (piece,) in landed.pieces.items():
+                        if batch.watch.is_recalled:
+                            lost[row] = "was recalled"
+                            continue
                         try:
                             taken[row] = reader.read_block(row, view(piece.destination, piece.nbytes))
                         except CheckpointError as error:
                             lost[row] = str(error)
+                        batch.watch.arrived_nbytes += piece.nbytes
                     checksums |= landed.settle(taken, lost.keys())
         if lost:
             raise SomeLost(lost, checksums)

@@ -61,7 +61,11 @@ class Record:
     def standing(self) -> Standing:
         if self.is_given_up:
             return Standing.GIVEN_UP
-        return Standing.GOOD if self.failures < SOURCE_FAILURES_MAX else Standing.DOUBTED
+        return Standing.DOUBTED if self.is_doubted else Standing.GOOD
+
+    @property
+    def is_doubted(self) -> bool:
+        return self.failures >= SOURCE_FAILURES_MAX and not self.is_given_up
 
     @property
     def load_nbytes(self) -> int:
@@ -70,12 +74,15 @@ class Record:
     @property
     def has_room(self) -> bool:
         """Whether it may be asked for a batch more, if not at once."""
-        lanes = self.party.lanes if self.standing is Standing.GOOD else 1
-        unverified_max = UNVERIFIED_BATCHES_MAX * self.party.lanes * self.party.limits.nbytes
-        return bool(self.queue) and len(self.under_way) < lanes and self.unverified_nbytes <= unverified_max
+        if not self.queue:
+            return False
+        party = self.party
+        lanes = 1 if self.failures >= SOURCE_FAILURES_MAX else party.lanes
+        unverified_max = UNVERIFIED_BATCHES_MAX * party.lanes * party.limits.nbytes
+        return len(self.under_way) < lanes and self.unverified_nbytes <= unverified_max
 
     def pause_s(self, now: float) -> float:
-        return max(0.0, self.again_at - now) if self.standing is Standing.DOUBTED else 0.0
+        return max(0.0, self.again_at - now) if self.is_doubted else 0.0
 
     def note_failure(self, started: float, now: float) -> None:
         if not self.failures:
@@ -83,4 +90,4 @@ class Record:
         self.failures += 1
         self.again_at = now + DOUBT_PAUSE_S
         is_long = now - self.failing_since >= PATIENCE_S
-        self.is_given_up = is_long and self.standing is Standing.DOUBTED and not self.under_way
+        self.is_given_up = is_long and self.is_doubted and not self.under_way

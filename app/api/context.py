@@ -14,6 +14,7 @@ from app.cluster.peers import PeerClient
 from app.cluster.prober import Prober
 from app.data_address import data_host, warnings
 from app.node.caretaker import Caretaker
+from app.node.guard import Guard
 from app.node.node import Node
 from app.node.scrubber import Scrubber
 from app.restores.consumers import ConsumerStore
@@ -44,6 +45,7 @@ class Context:
     restores: RestoreStore
     caretaker: Caretaker
     scrubber: Scrubber
+    guard: Guard
     client: PeerClient
     consumers: ConsumerStore
     pushes: PushDesk
@@ -79,6 +81,7 @@ class Context:
             store,
             caretaker,
             scrubber,
+            Guard(node),
             client,
             consumers,
             PushDesk(node, client, consumers, store.mend),
@@ -88,7 +91,7 @@ class Context:
     def loops(self) -> tuple[Loop, ...]:
         """Every thread that must live for as long as the daemon does."""
         workers = (worker.loop for worker in self.restores.workers.values())
-        return (self.prober.loop, self.caretaker.loop, self.scrubber.loop, *workers)
+        return (self.prober.loop, self.caretaker.loop, self.scrubber.loop, self.guard.loop, *workers)
 
     def start(self) -> None:
         """Begin to ask the peers, to restore and to bring what is missing, each in a thread."""
@@ -96,9 +99,20 @@ class Context:
         self.prober.start()
         self.caretaker.start()
         self.scrubber.loop.start()
+        self.guard.loop.start()
+
+    def hurry(self) -> None:
+        """The node is about to be stopped: have what waits for others end, so that it waits for nobody."""
+        self.restores.cancel()
+        self.consumers.stop()
+        self.prober.loop.stop(0)
+        self.caretaker.loop.stop(0)
+        self.client.close()
 
     def stop(self) -> None:
         """End every thread, then let the segment go: sealed, it stays for the next daemon. Blocks."""
+        self.hurry()
+        self.guard.loop.stop()
         self.scrubber.loop.stop()
         self.caretaker.stop()
         self.restores.stop()

@@ -62,7 +62,7 @@ class NodeCollector:
         yield CounterMetricFamily(
             "hotspare_mended_entries",
             "Headers, manifests and entries of the block table that were found damaged and written anew.",
-            value=scrubber.mended,
+            value=self._context.guard.mended,
         )
         unproved, oldest = proofs_of(holding)
         yield GaugeMetricFamily("hotspare_blocks_unproved", "Published blocks never proved yet.", value=unproved)

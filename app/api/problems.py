@@ -64,6 +64,7 @@ class ProblemType(NamedTuple):
 
 
 _INVALID = ProblemType(422, "invalid-input", "The request is well formed, but a value is out of its limits")
+_TRANSFER_FAILED = ProblemType(502, "transfer-failed", "Bytes did not come from a peer")
 _NOT_FOUND = ProblemType(404, "not-found", "No such thing")
 _UNEXPECTED = ProblemType(500, "unexpected", "The node failed in a way nobody foresaw")
 
@@ -89,7 +90,8 @@ PROBLEM_TYPES: Mapping[type[HotspareError], ProblemType] = {
     transfer_errors.EngineRefused: ProblemType(
         503, "engine-refused", "The transfer engine refused to start or register"
     ),
-    transfer_errors.TransferFailed: ProblemType(502, "transfer-failed", "Bytes did not come from a peer"),
+    transfer_errors.TransferFailed: _TRANSFER_FAILED,
+    transfer_errors.SomeLost: _TRANSFER_FAILED,
     transfer_errors.RestoreError: ProblemType(409, "restore-refused", "The restore cannot be done as asked"),
     transfer_errors.NothingToRestore: ProblemType(422, "nothing-to-restore", "The request names no block of the model"),
     app_errors.NodeError: ProblemType(500, "failed", "The node could not do it"),

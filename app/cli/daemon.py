@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -16,14 +17,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from app.cli.stop_deadline import StopDeadline
 from app.settings import Address, Settings
 from app.terminal import streams
 from app.terminal.streams import say
 from app.terminal.units import duration, size
 from shm.errors import HotspareError
+from shm.layout import SegmentName
 
 if TYPE_CHECKING:
     import uvicorn
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from app.api.context import Context
 
 BACKLOG = 1024
+DESCRIPTORS_MAX = 1 << 16
 READY_POLL_S = 0.02
 GRACEFUL_SHUTDOWN_S = 1  # streams of events are cut after that
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -49,8 +54,9 @@ class Stopper:
     A node that is being opened stops as soon as it is open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: StopDeadline) -> None:
         self._asked = False
+        self._deadline = deadline
         self._server: uvicorn.Server | None = None
         for number in STOPPING_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
@@ -58,6 +64,7 @@ class Stopper:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        self._deadline.tell()
         if self._server is not None:
             self._server.should_exit = True
 
@@ -122,6 +129,14 @@ def silence_native_output() -> Iterator[None]:
         os.close(kept)
 
 
+def raise_descriptor_limit() -> None:
+    """Have as many descriptors as the host allows: 1,024 are usual, for the sake of programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _import_server() -> None:
 
     import app.api.application  # noqa: F401
@@ -142,12 +157,16 @@ def open_context(settings: Settings, *, debug: bool) -> Context:
 def run(settings: Settings, log_level: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises what keeps the node from starting, and leaves nothing then."""
     started_s = time.monotonic()
-    stopper = Stopper()
+    raise_descriptor_limit()
+    name = SegmentName(settings.namespace, settings.require_model(), settings.node_id)
+    deadline = StopDeadline(name, partial(say, f"{settings.node_id} stopped"))
+    stopper = Stopper(deadline)
     listener = bind(settings.address)
     configure_logging(log_level)
     debug = log_level == "debug"
     try:
         context = open_context(settings, debug=debug)
+        deadline.hurry = context.hurry
         try:
             _announce(settings, listener, context)
             threading.Thread(target=_announce_ready, args=(context, started_s), name="ready", daemon=True).start()
@@ -156,6 +175,7 @@ def run(settings: Settings, log_level: str) -> None:
             context.stop()  # a second time, if it served: harmless, and needed where it did not
     finally:
         listener.close()
+    deadline.stand_down()
     say(f"{settings.node_id} stopped")
 
 

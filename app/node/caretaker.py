@@ -95,4 +95,6 @@ class Caretaker:
             missing=tuple(keys[row] for row in missing.tolist()),
             damaged=tuple(keys[row] for row in once),
             sources=cluster.revision(),
+            is_displaced=self._node.is_displaced,
+            left_behind=tuple(keys[row] for row in holding.left_behind().tolist()),
         )

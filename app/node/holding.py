@@ -45,6 +45,8 @@ class Holding:
     """When each of its blocks was last proved."""
     registered: Ranges
     """(address, nbytes) of its memory that is open to the transfer engine."""
+    predecessor: Segment | None = None
+    """The segment of the same content that lost its name, until all that it has is in this one."""
 
     @property
     def content_digest(self) -> str:
@@ -69,7 +71,7 @@ class Holding:
 
     def is_recorded(self, row: int) -> bool:
         """Whether the block was published here once: then its checksum is on record."""
-        return self.segment.checksum(row) != UNKNOWN_CHECKSUM
+        return is_recorded(self.segment, row)
 
     def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
         """Of these rows those that are published, where they lie in the memory that is open to the transfer engine."""
@@ -87,13 +89,23 @@ class Holding:
         }
 
     def checks(self) -> dict[str, bool]:
-        """What READY consists of."""
+        """What READY consists of. Looks at the object in /dev/shm as a reader does: about a millisecond."""
         return {
             "manifest": True,
             "published": not len(self.missing()),
             "sealed": self.segment.state is SegmentState.SEALED,
             "registered": bool(self.registered),
+            "attachable": self.segment.reader_problem() is None,
         }
+
+    def left_behind(self) -> Int64s:
+        """Rows whose block the predecessor has and this segment lacks."""
+        had = np.zeros(0, dtype=np.int64) if self.predecessor is None else self.predecessor.published()
+        return np.setdiff1d(had, self.published(), assume_unique=True)
+
+    def without_room(self) -> Int64s:
+        """Rows that belong here and have no place in the segment."""
+        return np.array([row for row in self.placed().tolist() if not self.segment.holds(row)], dtype=np.int64)
 
     def rows_of(self, experts: Iterable[ExpertKey] | None) -> Int64s:
         """Manifest rows of these experts, or of all that belong here.
@@ -103,7 +115,8 @@ class Holding:
         if experts is None:
             return self.placed()
         rows = sorted({self.manifest.index(*key) for key in experts})
-        strangers = [row for row in rows if not self.segment.holds(row)]
+        placed = set(self.placed().tolist())
+        strangers = [row for row in rows if row not in placed and not self.segment.holds(row)]
         if strangers:
             layer, expert = self.manifest.keys[strangers[0]]
             raise InvalidInput(
@@ -113,7 +126,12 @@ class Holding:
         return np.array(rows, dtype=np.int64)
 
 
-NOTHING = {"manifest": False, "published": False, "sealed": False, "registered": False}
+def is_recorded(segment: Segment, row: int) -> bool:
+    """Whether the block was published in it once: then its checksum is on record."""
+    return segment.checksum(row) != UNKNOWN_CHECKSUM
+
+
+NOTHING = {"manifest": False, "published": False, "sealed": False, "registered": False, "attachable": False}
 """The checks of a node that has no holding yet."""
 
 

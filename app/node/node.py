@@ -4,8 +4,12 @@
                     ▲           │▲          │           DEGRADED: a restore ended and blocks are still missing
                     └─ renew ───┴DEGRADED ◀─┘           STOPPING: from every state, at the end
 
-Ready means: every block placed here is published (so it was verified), the segment is sealed, and its memory is
-registered with the transfer engine. It is derived from those three, never remembered.
+Ready means: every block placed here is published (so it was verified), the segment is sealed, its memory is
+registered with the transfer engine, and readers find it in /dev/shm. It is derived from those four, never remembered.
+
+What is good is never given up for want of room: where a share that grew, or a new checkpoint, has none, what is here
+goes on being served, and the shortage is told and tried again. A segment whose name is gone from /dev/shm can be
+attached by nobody, but is mapped still: another takes the name, filled out of that memory.
 
 What the node has is its `holding`, replaced whole. One thread changes it, the restore worker's, and `open` and `close`
 while that one does not run; every other thread reads it. So there is no lock here, and nothing that reads waits for a
@@ -15,7 +19,8 @@ reservation of hundreds of gigabytes or for a comparison with files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -33,10 +38,10 @@ from app.node.offering import DISK, offer
 from app.node.proofs import Proofs
 from app.settings import Settings
 from shm.block import ExpertKey
-from shm.errors import InvalidInput, ManifestError
+from shm.errors import InvalidInput, ManifestError, SharedMemoryFull
 from shm.layout import BlockState, SegmentName, SegmentState
 from shm.manifest import Manifest
-from shm.segment import Segment
+from shm.segment import Damage, Segment
 from transfer.checkpoint.content import DIGEST_NBYTES, PinnedCheckpoint
 from transfer.engine import DisposableEngine, TransferEngine
 from transfer.errors import CheckpointError, NothingToRestore
@@ -48,6 +53,12 @@ from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind, reading
 UNKNOWN_ORIGIN = bytes(DIGEST_NBYTES)  # of content that came from peers
 
 IN_PLACE = "in place"
+NAMELESS = "the segment that lost its name"
+SHARE = "all of this node's share"
+CHECKPOINT = "the checkpoint's weights beside those that are here"
+NAME = "a segment in place of the one that lost its name"
+CUT_OFF = "what was cut off the segment"
+"""What there may be no room for."""
 RDMA = "rdma"
 
 _log = logging.getLogger("hotspare.node")
@@ -87,6 +98,7 @@ class Node:
         self.is_restoring = False
         """Whether a restore into the segment is under way."""
         self._is_stopping = False
+        self._shortages: dict[str, str] = {}
 
     # -- starting --------------------------------------------------------------------------------------------
 
@@ -96,7 +108,7 @@ class Node:
         Raises SegmentBusy, EngineError, CheckpointError, SharedMemoryFull: none of them leaves a segment behind.
         """
         self._segment = Segment.claim(self.name)
-        if (found := self._segment.found).parts or found.rows:
+        if found := self._segment.found:
             _log.error("%s: %s was damaged in memory; what could be made again was", self.name, found)
         try:
             self.engine = self._start_engine()
@@ -117,7 +129,8 @@ class Node:
         content = segment.header.content_digest
         if pinned is not None and (pinned.digest, pinned.checkpoint.manifest) != (content, segment.manifest):
             _log.warning("the sealed segment is of other weights than %s: filling anew", self.checkpoint.directory)
-            self.start_over(pinned)
+            if not self._replace_content(pinned):
+                self._use(segment.manifest, content, segment.header.origin)
         elif pinned is not None:
             self._take(pinned)
         else:
@@ -137,10 +150,11 @@ class Node:
         settings, segment = self.settings, self.segment
         if manifest.model != self.name.model:
             raise ManifestError(f"the manifest is of {manifest.model!r}, this node serves {self.name.model!r}")
-        placement = Placement.compute(manifest, settings.node_ids, settings.replica_count)
+        placement = self._place(manifest)
         rows = placement.rows_of(settings.node_id).tolist()
         if segment.is_allocated:
-            segment.extend(rows)
+            segment.drop_unfilled(set(range(len(manifest))) - set(rows))
+            self._extend(segment, rows)
         else:
             segment.allocate(manifest, rows)
         segment.record_content(content)
@@ -148,6 +162,37 @@ class Node:
         proofs, registered = Proofs(len(manifest)), self._register(segment)
         self.holding = Holding(settings.node_id, segment, manifest, placement, content, disk, proofs, registered)
         self.cluster.use_manifest(manifest, placement.digest, content.hex())
+
+    def _place(self, manifest: Manifest) -> Placement:
+        return Placement.compute(manifest, self.settings.node_ids, self.settings.replica_count)
+
+    def _extend(self, segment: Segment, rows: Sequence[int]) -> None:
+        """Make room for these rows where there is any; else what is there goes on being served."""
+        with self._short_of_room(SHARE):
+            segment.extend(rows)
+
+    @contextmanager
+    def _short_of_room(self, for_what: str) -> Iterator[None]:
+        """Tell of a shortage in here, and go on: it is no reason to give up what is good."""
+        try:
+            yield
+        except SharedMemoryFull as error:
+            said = f"there is no room for {for_what}: {error}"
+            if for_what not in self._shortages:  # it is tried again and again
+                _log.error("%s. What is here goes on being served", said)
+            self._shortages[for_what] = said
+        else:
+            self._shortages.pop(for_what, None)
+
+    @property
+    def shortage(self) -> str | None:
+        """What of this node has no room in memory, and why; None if nothing."""
+        return "; ".join(self._shortages.values()) or None
+
+    @property
+    def is_displaced(self) -> bool:
+        """Whether something waits for room, or for the segment's name: a restore looks whether it is there now."""
+        return bool(self._shortages) or (self.holding is not None and not self.holding.segment.is_named())
 
     def _register(self, segment: Segment) -> tuple[tuple[int, int], ...]:
         """Open what others may read to the engine, as far as it is not yet; what is open then.
@@ -166,13 +211,53 @@ class Node:
             self.writer.register(new)
         return tuple(ranges)
 
+    def _replace_content(self, pinned: PinnedCheckpoint) -> bool:
+        """Take the checkpoint's content in place of what is sealed here, if there is room for both; whether there was.
+
+        What is sealed is good, and engines may have it attached, so that its memory would not become free anyway.
+        """
+        with self._short_of_room(CHECKPOINT):
+            self.start_over(pinned)
+        return CHECKPOINT not in self._shortages
+
     def start_over(self, pinned: PinnedCheckpoint) -> None:
-        """Give the segment's content up, and make room for that of a checkpoint in a new one."""
+        """Give the segment's content up, and make room for that of a checkpoint in a new one.
+
+        Raises SharedMemoryFull. What was sealed stays then, and what was never complete is gone.
+        """
+        manifest = pinned.checkpoint.manifest
+        if (segment := self.segment).state is SegmentState.SEALED:
+            self._change_to(segment.succeed(manifest, self._place(manifest).rows_of(self.settings.node_id).tolist()))
+        else:
+            self._change_to(segment.renew())
+        self._take(pinned)
+
+    def _change_to(self, successor: Segment) -> None:
+        """Hold nothing, and own another segment."""
         before, self.holding = self.holding, None
+        self._segment = successor
         if before is not None:
             self._withdraw(before)
-        self._segment = self.segment.renew()
-        self._take(pinned)
+
+    def _find_name(self, before: Holding) -> None:
+        """Have a segment in /dev/shm again where the name of ours is gone: what it has is still mapped here.
+
+        Raises SegmentBusy where another daemon has taken the name.
+        """
+        _log.error("the name %s is gone from /dev/shm: filling another segment out of memory", self.name.object_name)
+        with self._short_of_room(NAME):
+            successor = Segment.claim(self.name)
+            try:
+                if successor.is_allocated:
+                    successor = successor.renew()
+                successor.allocate(before.manifest, {*before.placed().tolist(), *before.published().tolist()})
+            except BaseException:
+                successor.unlink()
+                raise
+            self._change_to(successor)
+            self._use(before.manifest, before.content, before.segment.header.origin, before.disk)
+            self.holding = replace(self._held(), predecessor=before.segment)
+            before.segment.give_up()
 
     def _withdraw(self, holding: Holding) -> None:
         """Close to others what `_register` opened."""
@@ -252,6 +337,7 @@ class Node:
             manifest, version = found
             self._use(manifest, bytes.fromhex(version.content_digest))
             self._prober.look()
+        self._look_at_memory(self._held())
         self._look_at_disk(self._held())
         self._reader.fence()  # what an earlier restore could not end must not write into this one's blocks
         holding = self._held()
@@ -264,22 +350,49 @@ class Node:
             HostMemory(IN_PLACE, holding.segment, lanes=1),
             self._reach if SourceKind.PEER in kinds else None,
             None if pinned is None else Disk(DISK, lambda: pinned),
+            None if holding.predecessor is None else HostMemory(NAMELESS, holding.predecessor, lanes=1),
         )
+        without_room = dict.fromkeys(holding.without_room().tolist(), self.shortage or "it has no room")
         nbytes, keys = holding.manifest.nbytes, holding.manifest.keys
         return Restore(
             [Want(row, int(nbytes[row]), offered.expected.get(row)) for row in rows],
-            offered.by_row,
+            {**offered.by_row, **dict.fromkeys(without_room, ())},
             tiers,
             SegmentDestination(holding),
             keys.__getitem__,
             progress,
             partial(self._settle, holding),
-            offered.reasons,
+            {**offered.reasons, **without_room},
             self._reader.fence,
         )
 
     def _reach(self, node_id: str, held: PeerBlocks) -> PeerMemory:
         return PeerMemory(node_id, reading(self._reader, held.session_id))
+
+    def _look_at_memory(self, holding: Holding) -> None:
+        """See that what is restored into is all there: nobody looks at its pages before that."""
+        if not holding.segment.is_named():
+            self._find_name(holding)
+            holding = self._held()
+        self.mend(holding)
+        if len(holding.without_room()):
+            self._extend(holding.segment, holding.placed().tolist())
+            self.holding = replace(holding, registered=self._register(holding.segment))
+
+    def mend(self, holding: Holding) -> Damage:
+        """Write anew what leads to the blocks, and restore the object's length. For any thread."""
+        with self._short_of_room(CUT_OFF):
+            damage = holding.segment.mend()
+            if damage:
+                _log.error("%s was damaged in memory, and is written anew", damage)
+            return damage
+        return Damage()
+
+    def problem(self) -> str | None:
+        """Why readers do not find what this node is to have, as far as it is for want of room, or of the object."""
+        holding = self.holding
+        found = None if holding is None else holding.segment.reader_problem()
+        return "; ".join(filter(None, (found, self.shortage))) or None
 
     def _look_at_disk(self, holding: Holding) -> None:
         """Take the checkpoint for a source as long as it has the content that we hold.
@@ -295,6 +408,8 @@ class Node:
             return
         if (pinned.digest, pinned.checkpoint.manifest) == (holding.content, holding.manifest):
             self.holding = replace(holding, disk=pinned)
+        elif CHECKPOINT in self._shortages:
+            self._replace_content(pinned)
         elif holding.segment.state is SegmentState.SEALED:
             _log.error(
                 "%s has other weights now than this node keeps: nothing is read of it; restart the node to take them",
@@ -327,6 +442,7 @@ class Node:
             return
         if not len(segment.rows(BlockState.RESERVED, BlockState.QUARANTINED)):
             segment.seal()
+            self.holding = replace(holding, predecessor=None)
 
     # -- stopping --------------------------------------------------------------------------------------------
 

@@ -18,14 +18,12 @@ from app.errors import Conflict
 from app.node.holding import Holding
 from app.node.node import Node
 from shm.block import ExpertKey
-from shm.checksum import checksum
 from transfer.loop import Loop
 
 WITHIN_S = 86_400.0  # all of it, once
 RATE_MIN = 1 << 20  # bytes a second, of a small segment
 FIRST_RATE = 100 << 20  # while something was never proved: 1% of what a host's memory gives, 10 GB/s and more
 TURN_S_MIN = 0.02  # between turns: small blocks are proved several at a time
-LOOK_INTERVAL_S = 10.0  # between looks at header, manifest and table: a few megabytes of a large model's
 IDLE_S = 1.0  # between looks at whether there is anything to prove
 
 Mend = Callable[[Sequence[ExpertKey]], None]
@@ -42,11 +40,8 @@ class Scrubber:
         """Blocks found right."""
         self.rotten = 0
         """Blocks found wrong, and hidden."""
-        self.mended = 0
-        """Parts of what leads to the blocks found damaged, and written anew."""
         self._node = node
         self._mend = mend
-        self._looked_at = float("-inf")
         self._clock = clock
         self._ahead = 0.0
         """Bytes proved sooner than the rate allows."""
@@ -63,7 +58,6 @@ class Scrubber:
         holding = self._node.holding
         if holding is None or self._node.is_restoring:
             return IDLE_S
-        self.look_at_what_leads_there(holding)
         rate, now = self.rate(holding), self._clock()
         self._ahead, self._counted_at = max(0.0, self._ahead - rate * (now - self._counted_at)), now
         all_nbytes = int(holding.manifest.nbytes.sum())
@@ -87,20 +81,10 @@ class Scrubber:
         first = experts[0]
         _log.warning("%d blocks arrived wrong somewhere, first %s: proving them next", len(experts), first)
 
-    def look_at_what_leads_there(self, holding: Holding) -> None:
-        """Header, manifest and block table: in the object twice, and in our own memory, which is believed."""
-        if time.monotonic() - self._looked_at < LOOK_INTERVAL_S:
-            return
-        self._looked_at = time.monotonic()
-        damage = holding.segment.mend()
-        if damage.parts or damage.rows:
-            self.mended += len(damage.parts) + len(damage.rows)
-            _log.error("%s was damaged in memory, and is written anew", damage)
-
     def prove(self, holding: Holding, row: int) -> bool:
         """Take a published block's checksum; whether it is the one on record. A block that is not is hidden."""
         segment, recorded = holding.segment, holding.segment.checksum(row)
-        if checksum(segment.block(row)) == recorded:
+        if segment.read_checksum(row) == recorded:
             holding.proofs.note(row)
             self.proved += 1
             return True

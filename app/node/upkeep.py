@@ -1,8 +1,8 @@
 """When a node has something brought, and from where: pure, asked again after everything that happened.
 
 What is missing is tried for at once, again whenever the peers have something new, and again after RETRY_INTERVAL_S,
-since what failed may have been a passing thing. There is no "done": blocks may be found wrong at any later time, and a
-source for them may appear long after the first try.
+since what failed may have been a passing thing. So is what waits for room, or for its name in /dev/shm. There is no
+"done": blocks may be found wrong at any later time, and a source for them may appear long after the first try.
 
     nothing is missing ──▶ rest          missing, and nothing new since the last try ──▶ rest until it is due
     missing, and due ──▶ bring
@@ -39,6 +39,10 @@ class Seen:
     """Those among them that were published once, and then found wrong."""
     sources: str
     """Differs whenever what peers offer does."""
+    is_displaced: bool = False
+    """Whether something waits for room, or the segment for its name: whatever is restored, that is looked at first."""
+    left_behind: tuple[ExpertKey, ...] = ()
+    """Blocks that were published here, and are in the memory of a segment that lost its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +59,19 @@ class Upkeep:
     def __init__(self, fill: str) -> None:
         self._fill = fill
         self._kinds = KINDS[fill]
-        self._tried = ""
+        self._tried: tuple[str, bool, bool] | None = None
         self._due_at = float("-inf")
 
     def next(self, seen: Seen, now: float) -> Task | None:
         """What is to be started now, if anything. Asked while nothing that it started before is under way."""
-        wanted = seen.damaged if self._fill == "none" else seen.missing
-        if seen.has_manifest and not wanted:
+        wanted = tuple(sorted({*seen.damaged, *seen.left_behind})) if self._fill == "none" else seen.missing
+        if seen.has_manifest and not wanted and not seen.is_displaced:
             return None
         if not seen.can_begin or (not seen.has_manifest and self._fill == "none"):
             return None
-        if seen.sources == self._tried and now < self._due_at:
+        news = seen.sources, seen.is_displaced, bool(seen.left_behind)
+        if news == self._tried and now < self._due_at:
             return None
-        self._tried, self._due_at = seen.sources, now + RETRY_INTERVAL_S
+        self._tried, self._due_at = news, now + RETRY_INTERVAL_S
         # What came with an earlier attempt was verified then, and is not read again.
         return Task(wanted if seen.has_manifest else None, self._kinds)

@@ -56,6 +56,13 @@ class ConsumerStore:
         self._epochs = itertools.count(time.time_ns())
         self._consumers: dict[str, Consumer] = {}
         self._changed = threading.Condition()
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Wait for no push any more: who waits is told that it may still be written to."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
 
     def put(
         self, consumer_id: str, table: PushTable, manifest_digest: str, content_digest: str, ttl_s: float
@@ -177,7 +184,7 @@ class ConsumerStore:
         """Let no push begin, and wait for those under way, and for leases to end or to run out."""
         consumer.is_over = True
         give_up_at = self._clock() + QUIET_WAIT_S
-        while not self._is_quiet(consumer) and (left_s := give_up_at - self._clock()) > 0:
+        while not self._is_quiet(consumer) and not self._is_stopping and (left_s := give_up_at - self._clock()) > 0:
             self._changed.wait(min(left_s, self._leases_left_s(consumer) or left_s))
         if not self._is_quiet(consumer):
             raise Unavailable(

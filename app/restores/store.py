@@ -63,13 +63,17 @@ class RestoreStore:
         for worker in self.workers.values():
             worker.loop.start()
 
-    def stop(self) -> None:
-        """Cancel what runs and what waits, and end the workers."""
-        with self._lock:  # from here on nothing is put before them
+    def cancel(self) -> None:
+        """Cancel what runs and what waits, and take no more."""
+        with self._lock:
             self._stopped = True
         for restore in self.all():
             if isinstance(restore, LocalRestore):
                 restore.cancel()
+
+    def stop(self) -> None:
+        """Cancel what runs and what waits, and end the workers."""
+        self.cancel()
         for worker in self.workers.values():
             worker.stop()
         self._crowd.stop()

@@ -51,6 +51,13 @@ def problem(answer: httpx.Response, status: int) -> Problem:
 # -- shapes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_probes_may_ask_for_the_head_only(trio: Trio, path: str) -> None:
+    answer = trio["a"].ask("HEAD", path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == trio["a"].ask("GET", path).headers["content-length"]
+
+
 @pytest.mark.parametrize(
     ("path", "model"),
     [

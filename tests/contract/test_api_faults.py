@@ -19,7 +19,7 @@ from transfer.checkpoint.synth import write_checkpoint
 
 Serve = Callable[..., Any]
 WaitUntil = Callable[..., Any]
-CHECKS = ("manifest", "published", "sealed", "registered")
+CHECKS = ("manifest", "published", "sealed", "registered", "attachable")
 
 
 def ports_of(free_port: Callable[[], int], names: str) -> dict[str, int]:
@@ -112,7 +112,13 @@ def test_readiness_names_each_check_until_all_hold(
     assert (answer.status_code, answer.headers["content-type"]) == (503, "application/json")
     before = Readiness.model_validate_json(answer.content)
     assert (before.ready, before.state, before.missing) == (False, "waiting", 39)
-    assert before.checks == {"manifest": True, "published": False, "sealed": False, "registered": True}
+    assert before.checks == {
+        "manifest": True,
+        "published": False,
+        "sealed": False,
+        "registered": True,
+        "attachable": True,
+    }
 
     done = node.wait_restore(node.restore("a", experts=[{"layer": 3, "expert": 0}]))
     assert done["state"] == "succeeded"

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from shm.checksum import checksum
 from shm.errors import SegmentError
 from shm.extents import Extents
+from shm.manifest import Manifest
 from shm.segment import Segment
 
 
@@ -80,6 +82,34 @@ def test_nothing_is_mapped_of_a_segment_that_was_given_up() -> None:
     with pytest.raises(SegmentError, match="was given up: claim it again"):
         extents.cover(-1, 4096)
     assert extents.ranges(0) == []
+
+
+def test_a_host_with_larger_pages_maps_what_was_extended_from_the_middle_of_one(
+    sealed: Callable[..., Segment], make_manifest: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offsets that are given to mmap are multiples of the host's granularity; blocks begin on pages of 4 KiB."""
+    monkeypatch.setattr("shm.extents.GRANULARITY", 65536)
+    segment = sealed(manifest=make_manifest(2, 5, rows=33, cols=57), rows=[0])
+    for row in range(1, 10):
+        segment.extend([row])
+        block = segment.block(row)
+        block[:] = bytes([row]) * len(block)
+        segment.publish(row, checksum(block))
+    lines = [
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if segment.name.object_name in line
+    ]
+    assert len(lines) == 10
+    assert all(int(offset, 16) % 65536 == 0 for _, _, offset, *_ in lines)
+    for row in range(1, 10):
+        assert bytes(segment.block(row)) == bytes([row]) * len(segment.block(row))
+        assert (
+            ctypes.string_at(segment.address(row), 3)
+            == ctypes.string_at(segment.served_address(row), 3)
+            == bytes([row] * 3)
+        )
+    assert sum(nbytes for _, nbytes in segment.data_ranges()) == segment.header.data_nbytes
+    with pytest.raises(SegmentError, match="are not mapped"):
+        segment._extents.view(segment.nbytes - 1, 2)
 
 
 def test_writing_to_a_served_address_ends_the_writer_and_changes_nothing(

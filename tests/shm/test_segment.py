@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,16 @@ from shm.errors import (
     SegmentUnsealed,
 )
 from shm.header import Header
-from shm.layout import HEADER_NBYTES, MANIFEST_OFFSET, SHM_DIRECTORY, BlockState, SegmentName, SegmentState, copy_offset
+from shm.layout import (
+    BLOCK_ALIGNMENT,
+    HEADER_NBYTES,
+    MANIFEST_OFFSET,
+    SHM_DIRECTORY,
+    BlockState,
+    SegmentName,
+    SegmentState,
+    copy_offset,
+)
 from shm.manifest import Manifest
 from shm.segment import Segment
 
@@ -333,7 +343,7 @@ def test_a_shortage_that_shows_only_while_reserving_gives_everything_back(small_
     small_shm("""
 segment = Segment.claim(name)
 before = used()
-posix.free_nbytes = lambda: 1 << 40
+posix.check_room = lambda needed: None
 posix.RESERVE_STEP_NBYTES = 1 << 20  # several steps succeed before one fails
 try:
     segment.allocate(manifest, range(20))
@@ -356,8 +366,8 @@ for row in range(3):
     segment.publish(row, bytes(16))
 segment.seal()
 before, header = used(), segment.header
-for free in (posix.free_nbytes, lambda: 1 << 40):
-    posix.free_nbytes = free
+for check in (posix.check_room, lambda needed: None):
+    posix.check_room = check
     try:
         segment.extend(range(20))
     except SharedMemoryFull:
@@ -695,6 +705,170 @@ def test_a_content_digest_of_another_length_is_refused(sealed: Callable[..., Seg
     with pytest.raises(InvalidInput, match=f"of {nbytes} bytes: give 16"):
         segment.record_content(bytes(nbytes))
     assert segment.header.content_digest == bytes(16)
+
+
+# -- what is done to the object by others --------------------------------------------------------------------------
+
+
+def test_a_segment_that_succeeds_a_good_one_has_its_room_before_that_is_given_up(
+    small_shm: Callable[[str], str],
+) -> None:
+    """A shortage threw the old weights away: the name was unlinked first."""
+    small_shm("""
+segment = Segment.claim(name)
+segment.allocate(manifest, range(3))
+for row in range(3):
+    segment.block(row)[:] = bytes([row + 1]) * 999999
+    segment.publish(row, bytes(16))
+segment.seal()
+before, header = used(), segment.header
+try:
+    segment.succeed(manifest, range(6))
+except SharedMemoryFull as error:
+    assert error.free < 6 * 999999 < error.needed
+else:
+    raise SystemExit("it fitted")
+assert (used(), segment.header, segment.reader_problem()) == (before, header, None)
+assert [bytes(segment.block(row)) for row in range(3)] == [bytes([row + 1]) * 999999 for row in range(3)]
+successor = segment.succeed(manifest, [7])
+assert os.listdir("/dev/shm") == [name.object_name]
+assert (successor.state.name, successor.rows(0x33333333).tolist()) == ("FILLING", [7])
+assert successor.reader_problem() is None and not segment.is_named()
+assert bytes(segment.block(2)) == bytes([3]) * 999999, "who has the old one reads on"
+""")
+
+
+def test_a_segment_never_unlinks_what_took_its_name(sealed: Callable[..., Segment], namespace: str) -> None:
+    segment = sealed()
+    os.unlink(path_of(segment.name))
+    other = Segment.claim(segment.name)
+    segment.unlink()
+    assert other.is_named()
+    other.unlink()
+
+
+def test_what_a_killed_extension_reserved_is_given_back_when_the_segment_is_adopted(
+    sealed: Callable[..., Segment], namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed behind the reservation, or behind the header too, it left its space taken."""
+    segment = sealed(rows=[0, 1, 2])
+    name, header, path = segment.name, segment.header, path_of(segment.name)
+    expected, used = [bytes(segment.block(row)) for row in range(3)], os.stat(path).st_blocks
+
+    class Killed(BaseException): ...
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    for owner, step in ((Segment, "_write_header"), (type(segment._table), "place")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, step, killed)
+            with pytest.raises(Killed):
+                segment.extend(range(10))
+        segment.close()
+        assert os.stat(path).st_blocks > used
+        segment = Segment.claim(name)
+        assert os.stat(path).st_blocks == used
+        assert (segment.header.total_nbytes, segment.state) == (header.total_nbytes, SegmentState.SEALED)
+        assert [bytes(segment.block(row)) for row in range(3)] == expected
+    segment.extend(range(10))
+    for row in range(3, 10):
+        block = segment.block(row)
+        block[:] = bytes([row]) * len(block)
+        segment.publish(row, checksum(block))
+        del block
+    with attach("tiny", namespace=namespace) as weights:
+        assert weights.verify() == []
+        assert [bytes(weights.block(row)) for row in range(3)] == expected
+    segment.close()
+
+
+def test_room_that_is_no_longer_wanted_is_given_back(sealed: Callable[..., Segment]) -> None:
+    segment = sealed(rows=[0, 1, 2])
+    before = os.stat(path_of(segment.name)).st_blocks
+    segment.extend([3, 4, 5])
+    segment.drop_unfilled([0, 3, 4, 5])
+    assert os.stat(path_of(segment.name)).st_blocks == before
+    assert segment.published().tolist() == [0, 1, 2]
+    assert not any(segment.holds(row) for row in (3, 4, 5))
+
+
+def test_an_object_that_was_cut_short_has_its_length_again_and_hides_what_is_lost(
+    sealed: Callable[..., Segment], namespace: str
+) -> None:
+    segment = sealed()
+    expected = {row: bytes(segment.block(row)) for row in segment.published().tolist()}
+    path, whole = path_of(segment.name), segment.nbytes
+    for left in (
+        whole - BLOCK_ALIGNMENT + 1,
+        segment.header.data_offset + 3 * mmap.PAGESIZE + 7,
+        segment.header.table_offset + 9,
+        333,
+        0,
+    ):
+        os.truncate(path, left)
+        assert "bytes" in str(segment.reader_problem())
+        assert segment.read_checksum(9) is None
+        damage = segment.mend()
+        assert os.stat(path).st_size == whole
+        assert segment.reader_problem() is None
+        assert set(damage.cut_off).isdisjoint(segment.published().tolist())
+        for row in segment.published().tolist():
+            assert bytes(segment.block(row)) == expected[row]
+        assert 9 in damage.cut_off
+        with attach("tiny", namespace=namespace) as weights:
+            assert weights.rows().tolist() == segment.published().tolist()
+            assert weights.verify() == weights.damaged() == []
+        for row in damage.cut_off:
+            segment.block(row)[:] = expected[row]
+            segment.publish(row, checksum(segment.block(row)))
+    assert damage.cut_off == tuple(expected)
+
+
+def test_what_a_reader_would_stumble_over_is_said(sealed: Callable[..., Segment], namespace: str) -> None:
+    segment = sealed()
+    header, path = segment.header, path_of(segment.name)
+    whole = Path(path).read_bytes()
+
+    def damage(*places: int) -> None:
+        with open(path, "r+b") as file:
+            for at in places:
+                file.seek(at)
+                file.write(bytes([whole[at] ^ 1]))
+
+    assert segment.reader_problem() is None
+    second = copy_offset(header.manifest_offset, header.manifest_nbytes)
+    for places, said in (
+        ((33, HEADER_NBYTES + 33), "does not match its checksum"),
+        ((header.manifest_offset + 99, second + 99), "its manifest is damaged in both copies"),
+    ):
+        damage(places[0])
+        assert segment.reader_problem() is None, "one of the two is enough"
+        damage(*places)
+        assert said in str(segment.reader_problem())
+        with pytest.raises(SegmentError):
+            attach("tiny", namespace=namespace)
+        segment.mend()
+        assert segment.reader_problem() is None
+    os.chmod(path, 0o666)
+    assert "may be written by others" in str(segment.reader_problem())
+    os.chmod(path, 0o600)
+    os.unlink(path)
+    assert "there is no" in str(segment.reader_problem())
+    other = Segment.claim(segment.name)
+    assert "another object now" in str(segment.reader_problem())
+    other.unlink()
+
+
+def test_a_checksum_is_read_from_the_object_and_from_memory_once_that_is_given_up(
+    sealed: Callable[..., Segment],
+) -> None:
+    segment = sealed()
+    for row in segment.published().tolist():
+        assert segment.read_checksum(row) == segment.checksum(row)
+    successor = segment.renew()
+    assert segment.read_checksum(3) == segment.checksum(3)
+    successor.unlink()
 
 
 # -- posix ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from tests.soak import campaigns
 from tests.soak.campaigns import run_campaign
 from tests.soak.ground import Ground
 from tests.soak.images import expected_blocks, flip, look
-from tests.soak.slow_link import why_not
+from tests.soak.slow_link import slow_link, why_not
 from tests.soak.tally import Tally
 
 SEED = 3333
@@ -113,3 +116,33 @@ def test_the_end_of_a_round_kills_what_is_paused(ground: Ground) -> None:
         daemon = field.serve("n0", (), checkpoint=ground.checkpoint(1)).wait_ready()
         daemon.pause()
     assert daemon.process.poll() == -signal.SIGKILL
+
+
+@pytest.mark.skipif(bool(reason), reason=reason)
+def test_a_slow_link_is_one_and_its_network_is_left_again() -> None:
+    """What is sent from inside shares the rate; whoever was inside is outside again, where nothing has changed."""
+    outside = os.readlink("/proc/thread-self/ns/net")
+    with slow_link() as link:
+        assert os.readlink("/proc/thread-self/ns/net") == os.readlink(link.path) != outside
+        took_s = []
+        for rate in (1, 8):
+            link.slow_down(rate)
+            took_s.append(_seconds_to_send(300_000))
+        link.free()
+    assert took_s[1] < took_s[0] / 2
+    assert os.readlink("/proc/thread-self/ns/net") == outside
+
+
+def _seconds_to_send(nbytes: int) -> float:
+    """Over loopback, until all has arrived."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+    started_s = time.monotonic()
+    with sender, receiver:
+        sending = threading.Thread(target=sender.sendall, args=[bytes(nbytes)])
+        sending.start()
+        while nbytes:
+            nbytes -= len(receiver.recv(nbytes))
+        sending.join()
+    return time.monotonic() - started_s

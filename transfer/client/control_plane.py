@@ -23,7 +23,7 @@ from transfer.client.http import (
     quoted,
 )
 from transfer.client.pinned_content import PinnedContent
-from transfer.shard_map import Mapped, read_shard_map
+from transfer.shard_map import Mapped, read_shard_map, read_text
 
 TOKEN_VARIABLE = "HOTSPARE_TOKEN"
 URLS_MAX = 1024  # nodes remembered
@@ -45,10 +45,10 @@ class NodeAccount(NamedTuple):
 
 
 def _text(document: Mapping[str, Any], name: str, url: str) -> str:
-    value = document.get(name)
-    if not isinstance(value, str):
-        raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {name} is {value!r:.40}, not a text")
-    return value
+    try:
+        return read_text(document, name)
+    except ManifestError as error:
+        raise NodeUnreachable(f"{url} does not answer like a Hotspare node: {error}") from error
 
 
 def _digest(document: Mapping[str, Any], url: str) -> str | None:
@@ -163,7 +163,9 @@ class ControlPlane:
             raise NodeUnreachable(
                 f"{url} keeps {document.get('model')!r:.200} from another checkpoint: nothing is taken of it"
             )
-        content.agree(_digest(document, url), url)
+        if (digest := _digest(document, url)) is None:
+            raise NodeUnreachable(f"{url} does not answer like a Hotspare node: its map names no content")
+        content.agree(digest, url)
         try:
             return read_shard_map(document, manifest)
         except ManifestError as error:

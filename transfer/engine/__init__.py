@@ -4,7 +4,7 @@ can be thrown away (`disposable`), and a double for tests and simulations (`doub
 
 from transfer.engine.disposable import DisposableEngine
 from transfer.engine.mooncake import MooncakeEngine
-from transfer.engine.protocol import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy, TransferEngine, session_host
+from transfer.engine.protocol import BATCH_NBYTES_MAX, ITEMS_PER_BATCH_MAX, Copy, TransferEngine, Watch, session_host
 
 __all__ = [
     "BATCH_NBYTES_MAX",
@@ -13,5 +13,6 @@ __all__ = [
     "DisposableEngine",
     "MooncakeEngine",
     "TransferEngine",
+    "Watch",
     "session_host",
 ]

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from transfer.engine.protocol import Copy, TransferEngine
+from transfer.engine.protocol import Copy, TransferEngine, Watch
 from transfer.engine.unsent import discarding
 from transfer.errors import TransferFailed
 
@@ -34,12 +34,14 @@ class DisposableEngine:
         self._opened: list[tuple[int, int]] = []
         self._gone: list[weakref.ref[TransferEngine]] = []
         self._is_tainted = False
+        self._is_dropping = False
         self._users = 0
         self._changed = threading.Condition()
 
     @contextmanager
     def _use(self) -> Iterator[TransferEngine]:
         with self._changed:
+            self._changed.wait_for(lambda: not self._is_dropping)  # which ends: after DROP_WAIT_S at most
             if self._engine is None:
                 self._engine = self._start()
                 self._engine.register(self._opened)
@@ -80,9 +82,9 @@ class DisposableEngine:
             self._opened = [each for each in self._opened if each not in wanted]
             engine.unregister(wanted)
 
-    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
+    def read(self, session_id: str, copies: Sequence[Copy], watch: Watch | None = None) -> None:
         with self._use() as engine:
-            engine.read(session_id, copies)
+            engine.read(session_id, copies, watch)
 
     def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         with self._use() as engine:
@@ -96,9 +98,20 @@ class DisposableEngine:
     def drop(self) -> None:
         """Once this returns, nothing of what was asked of the engine, or of others by its leave, arrives any more.
 
-        Waits for calls under way. Raises TransferFailed where one does not end, or somebody else has the engine still:
-        then nothing is known, and it is to be called again.
+        Waits for calls under way, and lets others that come meanwhile wait. Raises TransferFailed where one does not
+        end, or somebody else has the engine still: then nothing is known, and it is to be called again.
         """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_dropping)
+            self._is_dropping = True
+        try:
+            self._drop()
+        finally:
+            with self._changed:
+                self._is_dropping = False
+                self._changed.notify_all()
+
+    def _drop(self) -> None:
         with self._changed:
             if not self._changed.wait_for(lambda: not self._users, DROP_WAIT_S):
                 raise TransferFailed(f"a transfer has not ended within {DROP_WAIT_S:.0f} s", timed_out=True)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from transfer.engine.protocol import TRANSFER_TIMEOUT_S, Copy, pieces, pieces_to_register, within_pieces
+from transfer.engine.protocol import TRANSFER_TIMEOUT_S, Copy, Watch, pieces, pieces_to_register, within_pieces
 from transfer.errors import EngineRefused, TransferFailed
 
 FIRST_PORT = 15_000
@@ -98,25 +98,28 @@ class Network:
             elif is_failing:
                 self._failing[transfer.session_id] -= 1
         self._sleep(timeout_s if is_stopped else takes_s)
-        if is_stopped or is_failing or not self._move(transfer):
+        lost = frozenset(range(len(transfer.copies))) if is_stopped or is_failing else self._move(transfer)
+        if lost:
             raise TransferFailed(
-                f"{len(transfer.copies)} copies, {transfer.nbytes:,} bytes, with {transfer.session_id} failed",
+                f"{len(lost)} of {len(transfer.copies)} copies, {transfer.nbytes:,} bytes, with {transfer.session_id} "
+                "failed",
                 timed_out=is_stopped,
+                lost=frozenset() if is_stopped else lost,
             )
 
-    def _move(self, transfer: _Transfer) -> bool:
-        """Whether the session is there and took every copy; those that it takes are done whatever becomes of others."""
+    def _move(self, transfer: _Transfer) -> frozenset[int]:
+        """The numbers of the copies that the session did not take: all, if it is gone. The others are done."""
         with self._lock:
             peer = self._engines.get(transfer.session_id)
-            if peer is None:
-                return False
-            refused = 0
-            for copy in transfer.copies:
-                if peer.has_open(copy.destination if transfer.into_peer else copy.source, copy.nbytes):
+            lost = set()
+            for number, copy in enumerate(transfer.copies):
+                remote = [p.destination if transfer.into_peer else p.source for p in within_pieces([copy])]
+                sizes = [piece.nbytes for piece in within_pieces([copy])]
+                if peer is not None and all(map(peer.has_open, remote, sizes)):
                     ctypes.memmove(copy.destination, copy.source, copy.nbytes)
                 else:
-                    refused += 1
-            return not refused
+                    lost.add(number)
+            return frozenset(lost)
 
 
 class EngineDouble:
@@ -151,8 +154,10 @@ class EngineDouble:
         for address in addresses:
             del self._open[address]
 
-    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
+    def read(self, session_id: str, copies: Sequence[Copy], watch: Watch | None = None) -> None:
         self._carry(session_id, copies, into_peer=False)
+        if watch is not None:
+            watch.arrived_nbytes += sum(copy.nbytes for copy in copies)
 
     def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         self._carry(session_id, copies, into_peer=True, within_s=within_s)
@@ -160,5 +165,5 @@ class EngineDouble:
     def _carry(
         self, session_id: str, copies: Sequence[Copy], *, into_peer: bool, within_s: float | None = None
     ) -> None:
-        if cut := tuple(within_pieces(copies)):
-            self._network.carry(_Transfer(weakref.ref(self), session_id, cut, into_peer), within_s)
+        if any(copy.nbytes for copy in copies):
+            self._network.carry(_Transfer(weakref.ref(self), session_id, tuple(copies), into_peer), within_s)

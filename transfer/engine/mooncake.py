@@ -6,26 +6,156 @@ Mooncake answers in return codes; none leaves this file.
 from __future__ import annotations
 
 import importlib
+import ipaddress
 import math
 import os
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from transfer.engine.environment import engine_environment
-from transfer.engine.protocol import TRANSFER_TIMEOUT_S, Copy, pieces, pieces_to_register, within_pieces
+from transfer.engine.connections import connections, hang_up, plain
+from transfer.engine.environment import TCP_LANES_PER_PEER, engine_environment
+from transfer.engine.handshake import data_address
+from transfer.engine.protocol import (
+    TRANSFER_TIMEOUT_S,
+    Copy,
+    Watch,
+    pieces,
+    pieces_to_register,
+    session_host,
+    within_pieces,
+)
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
 
 # Mooncake's own wait spins on a core, which a small host then lacks to move the bytes: asking now and then
 # instead made a restore on 2 cores 1.5 times as fast with half the processor time.
 POLL_INTERVAL_S = 0.0005
-TIMED_OUT = -2  # what `transfer_check_status` calls a copy that the transport gave up on; 0 is under way, 1 done
+# What `transfer_check_status` says of a copy, once, and then forgets it. All else is that it failed, and that nothing
+# of it comes any more.
+UNDER_WAY, DONE, TIMED_OUT = 0, 1, -2  # the last: the transport gave it up, and it may still arrive
+GIVE_UP_SHARE = 0.9  # of Mooncake's own patience: who is first to cut the connection knows what became of the copy
+HANG_UP_WAIT_S = 1.0  # for copies to end whose connections were cut: that takes milliseconds
+SMALL_NBYTES = 64 << 10
+SMALL_PER_LANE = 32  # of which as many may be under way for each connection: what waits for one cannot be recalled
+CONTACT_S = 2.0  # for first contact: a few hundred bytes each way
+CONTACT_POLL_S = 0.02
+KNOCK_NBYTES = 64
+KNOCK_S = 1.5  # for that; a slow link delays it by what waits in its queue
+FRESH_S = 1.0  # a connection that was used since then is taken for good
+SILENCES_MAX = 2  # the first may be that of connections which a firewall dropped, not the peer's
+KNOCKS_MAX = TCP_LANES_PER_PEER + SILENCES_MAX  # one connection cut with a reset is found each time, at least
 
 EXTRAS = "`pip install 'hotspare[cpu]'`, `[cuda12]` or `[cuda13]`"
 
 
+@dataclass(slots=True)
+class _Line:
+    """What an engine knows of one session."""
+
+    session_id: str
+    is_met: bool = False
+    data_address: tuple[str, int] | None = None
+    """Where its data connections lead, if that is known."""
+    meeting: threading.Thread | None = None
+    answered_at: float = -math.inf
+    """When bytes last came."""
+    room: int = TCP_LANES_PER_PEER * SMALL_PER_LANE
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def enter(self, nbytes: int) -> bool:
+        """Whether there is room for a copy of this size, which is taken then."""
+        with self.lock:
+            needed = _room_of(nbytes)
+            has_room = self.room >= needed
+            self.room -= needed if has_room else 0
+            return has_room
+
+    def leave(self, nbytes: int) -> None:
+        with self.lock:
+            self.room += _room_of(nbytes)
+
+
+def _room_of(nbytes: int) -> int:
+    return 1 if nbytes <= SMALL_NBYTES else SMALL_PER_LANE
+
+
+class _Sent(NamedTuple):
+    """A copy that is under way."""
+
+    number: int
+    batch: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class _Course:
+    """How far the copies of one transfer are. No more are under way with a session than it has connections.
+
+    What waits for a connection inside Mooncake cannot be recalled: it takes the next one, a second later. Small copies
+    wait so briefly that many may.
+    """
+
+    line: _Line
+    watch: Watch
+    waiting: deque[tuple[int, Copy]]
+    under_way: deque[_Sent] = field(default_factory=deque)
+    lost: set[int] = field(default_factory=set)
+    is_settled: bool = True
+
+    def begin(self, way: _Way) -> bool:
+        """Begin as many as there is room for; whether that was any, or nothing waits."""
+        began = not self.waiting
+        while self.waiting and self.line.enter(self.waiting[0][1].nbytes):
+            number, copy = self.waiting.popleft()
+            began = True
+            if batch := way.submit(copy):
+                self.under_way.append(_Sent(number, batch, copy.nbytes))
+            else:  # refused, and never under way
+                self.line.leave(copy.nbytes)
+                self.lost.add(number)
+        return began
+
+    def end(self, code: int) -> None:
+        """The one that was begun first has ended so, or is left."""
+        number, _, nbytes = self.under_way.popleft()
+        self.line.leave(nbytes)
+        if code == DONE:
+            self.watch.arrived_nbytes += nbytes
+            self.line.answered_at = time.monotonic()
+        else:
+            self.lost.add(number)
+            self.is_settled &= code not in (UNDER_WAY, TIMED_OUT)
+
+    def close(self) -> None:
+        """Give up the room of what has not ended."""
+        for each in self.under_way:
+            self.line.leave(each.nbytes)
+
+
+class _Way(NamedTuple):
+    """How, and with whom: `begin` is a call of Mooncake's that takes lists of addresses, here and there, and sizes."""
+
+    begin: Callable[[str, list[int], list[int], list[int]], int]
+    session_id: str
+    is_read: bool
+
+    def submit(self, copy: Copy) -> int:
+        """The number of a batch that is under way; 0 if it was refused."""
+        here, there = (copy.destination, copy.source) if self.is_read else (copy.source, copy.destination)
+        return self.begin(self.session_id, [here], [there], [copy.nbytes])
+
+
 class MooncakeEngine:
-    """Mooncake's transfer engine in peer-to-peer mode: no metadata server, a port of its own on every interface."""
+    """Mooncake's transfer engine in peer-to-peer mode: no metadata server, a port of its own on every interface.
+
+    What Mooncake waits for in a peer that says nothing is a minute at first contact, and 10 s or 30 s later. So contact
+    is made apart from any transfer, and a few bytes go over connections that were idle before many do: either ends
+    within seconds, and with nothing asked for that might arrive later. A transfer is recalled by cutting the session's
+    connections, and those of no other session (`transfer.engine.connections`).
+    """
 
     def __init__(self, host: str, transport: str = "tcp", devices: str = "") -> None:
         """Start an engine that peers reach at `host`. Raises EngineMissing or EngineRefused."""
@@ -37,15 +167,20 @@ class MooncakeEngine:
                 f"Mooncake would not start on {host} over {transport} (code {code}): is {host} an address "
                 "of this host, and for rdma, is there a card?"
             )
-        self._engine = engine
-        self._host = host
+        self._take(engine, host)
 
     @classmethod
     def wrap(cls, engine: Any, host: str) -> MooncakeEngine:
         """Use an engine that this process has already: a `mooncake.engine.TransferEngine` initialized on `host`."""
         wrapped = cls.__new__(cls)
-        wrapped._engine, wrapped._host = engine, host
+        wrapped._take(engine, host)
         return wrapped
+
+    def _take(self, engine: Any, host: str) -> None:
+        self._engine = engine
+        self._host = host
+        self._lines: dict[str, _Line] = {}
+        self._lock = threading.Lock()
 
     @property
     def session_id(self) -> str:
@@ -71,46 +206,157 @@ class MooncakeEngine:
         if addresses and (code := self._engine.batch_unregister_memory(addresses)):
             raise EngineRefused(f"Mooncake would not unregister {len(addresses)} ranges (code {code})")
 
-    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
-        self._transfer(self._engine.batch_transfer_async_read, session_id, copies, "destination")
+    def read(self, session_id: str, copies: Sequence[Copy], watch: Watch | None = None) -> None:
+        self._transfer(_Way(self._engine.batch_transfer_async_read, session_id, is_read=True), copies, watch or Watch())
 
     def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
-        self._transfer(self._engine.batch_transfer_async_write, session_id, copies, "source", within_s)
+        way = _Way(self._engine.batch_transfer_async_write, session_id, is_read=False)
+        self._transfer(way, copies, Watch(), math.inf if within_s is None else time.monotonic() + within_s)
 
-    def _transfer(
-        self, submit: Any, session_id: str, copies: Sequence[Copy], ours: str, within_s: float | None = None
-    ) -> None:
+    # -- moving ----------------------------------------------------------------------------------------------
+
+    def _transfer(self, way: _Way, copies: Sequence[Copy], watch: Watch, until_s: float = math.inf) -> None:
         """Every copy is a batch of its own: only of such a one can Mooncake be asked whether it is done."""
+        numbered = [(number, piece) for number, copy in enumerate(copies) for piece in within_pieces([copy])]
+        if not numbered:
+            return
         started = time.monotonic()
-        under_way, is_refused = [], False
-        for destination, source, nbytes in within_pieces(copies):
-            here, there = (destination, source) if ours == "destination" else (source, destination)
-            batch = submit(session_id, [here], [there], [nbytes])
-            if not batch:
-                is_refused = True
-                break
-            under_way.append(batch)
-        has_failed, timed_out = self._wait(under_way, math.inf if within_s is None else started + within_s)
-        if is_refused or has_failed:
-            nbytes, seconds = sum(copy.nbytes for copy in copies), time.monotonic() - started
-            raise TransferFailed(
-                f"{len(copies)} copies, {nbytes:,} bytes, with {session_id} failed after {seconds:.1f} s",
-                timed_out=timed_out,
-            )
+        line = self._line(way.session_id)
+        self._meet(line, way.session_id, watch)
+        self._knock(line, way, numbered[0][1], until_s)
+        lost, is_settled = self._carry(line, way, numbered, watch, until_s)
+        if not lost:
+            return
+        line.answered_at = -math.inf  # knock before the next one: connections may have ended
+        nbytes, seconds = sum(copy.nbytes for copy in copies), time.monotonic() - started
+        what = "was recalled" if watch.is_recalled else "failed"
+        raise TransferFailed(
+            f"{len(lost)} of {len(copies)} copies, {nbytes:,} bytes, with {way.session_id} {what} after "
+            f"{seconds:.1f} s",
+            timed_out=not is_settled,
+            lost=lost if is_settled else frozenset(),
+        )
 
-    def _wait(self, batches: Iterable[int], until_s: float) -> tuple[bool, bool]:
-        """Until all have ended, whatever becomes of one, or none ends for too long: (has one failed, timed out)."""
-        timeout_s = float(os.environ.get("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT_S))
-        has_failed = timed_out = False
-        for batch in batches:
-            deadline_s = min(until_s, time.monotonic() + timeout_s)
-            while not (code := self._engine.transfer_check_status(batch)):
-                if time.monotonic() > deadline_s:
-                    return True, True
-                time.sleep(POLL_INTERVAL_S)
-            has_failed |= code < 0
-            timed_out |= code == TIMED_OUT
-        return has_failed, timed_out
+    def _carry(
+        self, line: _Line, way: _Way, copies: Sequence[tuple[int, Copy]], watch: Watch, until_s: float
+    ) -> tuple[frozenset[int], bool]:
+        """Until all have ended, whatever becomes of one, or they are cut off: (which failed, have all ended).
+
+        They are cut off once the transfer is recalled, or none ends for too long.
+        """
+        limit_s = GIVE_UP_SHARE * float(os.environ.get("MC_TRANSFER_TIMEOUT", TRANSFER_TIMEOUT_S))
+        course = _Course(line, watch, deque(copies))
+        try:
+            while course.waiting or course.under_way:
+                until = min(until_s, time.monotonic() + limit_s)
+                while not course.begin(way) and not course.under_way:  # others have all the room
+                    if watch.is_recalled or time.monotonic() >= until:
+                        break
+                    time.sleep(POLL_INTERVAL_S)
+                if not course.under_way or not (code := self._await(course.under_way[0].batch, until, watch)):
+                    break
+                course.end(code)
+            for code in self._cut(line, [each.batch for each in course.under_way]):
+                course.end(code)
+        finally:
+            course.close()
+        return frozenset(course.lost | {number for number, _ in course.waiting}), course.is_settled
+
+    def _cut(self, line: _Line, batches: Sequence[int]) -> list[int]:
+        """What becomes of these copies once their connections are cut: of those that waited for one, also the next."""
+        codes = dict.fromkeys(batches, UNDER_WAY)
+        ends_at = time.monotonic() + HANG_UP_WAIT_S
+        while UNDER_WAY in codes.values() and time.monotonic() < ends_at:
+            _hang_up(line.data_address)
+            again_at = time.monotonic() + CONTACT_POLL_S
+            codes = {batch: code or self._await(batch, again_at) for batch, code in codes.items()}
+        return list(codes.values())
+
+    def _await(self, batch: int, until_s: float, watch: Watch | None = None) -> int:
+        """What becomes of a copy by then, or until it is recalled; UNDER_WAY if nothing does."""
+        while not (code := int(self._engine.transfer_check_status(batch))):
+            if time.monotonic() >= until_s or (watch is not None and watch.is_recalled):
+                break
+            time.sleep(POLL_INTERVAL_S)
+        return code
+
+    # -- peers that say nothing ------------------------------------------------------------------------------
+
+    def _line(self, session_id: str) -> _Line:
+        with self._lock:
+            return self._lines.setdefault(session_id, _Line(session_id))
+
+    def _meet(self, line: _Line, session_id: str, watch: Watch) -> None:
+        """First contact, in a thread of its own: whoever waits for an answer there waits a minute, or is cut off."""
+        with self._lock:
+            if line.is_met:
+                return
+            if line.meeting is None or not line.meeting.is_alive():
+                line.meeting = threading.Thread(target=self._call, args=(line, session_id), daemon=True)
+                line.meeting.start()
+            meeting = line.meeting
+        ends_at = time.monotonic() + CONTACT_S
+        while meeting.is_alive() and time.monotonic() < ends_at and not watch.is_recalled:
+            meeting.join(CONTACT_POLL_S)
+        if not meeting.is_alive():
+            return
+        contact = _plain_host(session_id), int(session_id.rpartition(":")[2])
+        ends_at = time.monotonic() + HANG_UP_WAIT_S
+        while meeting.is_alive() and time.monotonic() < ends_at:
+            _hang_up(contact)
+            meeting.join(CONTACT_POLL_S)
+        raise TransferFailed(f"{session_id} did not answer within {CONTACT_S:.0f} s: is its port open to this host?")
+
+    def _call(self, line: _Line, session_id: str) -> None:
+        # Nothing is asked for. Of the calls that open a session, this one releases the GIL meanwhile.
+        if self._engine.batch_transfer_sync_read(session_id, [], [], []) == 0:
+            line.data_address = data_address(session_id, CONTACT_S)
+            line.is_met = True
+
+    def _knock(self, line: _Line, way: _Way, copy: Copy, until_s: float) -> None:
+        """Send a few bytes over connections that were idle: a firewall may have cut them, and said so or not.
+
+        Each that was cut with a reset fails once; where nothing comes at all, all are cut, and made anew once. What is
+        sent is the beginning of what is to be sent, to where it belongs.
+        """
+        (piece, *_) = within_pieces([copy._replace(nbytes=min(copy.nbytes, KNOCK_NBYTES))])
+        silences, began_at = 0, time.monotonic()
+        for _ in range(KNOCKS_MAX):
+            now = time.monotonic()
+            if now - line.answered_at < FRESH_S or (not silences and now - began_at > KNOCK_S):
+                return
+            batches = [batch for _ in range(TCP_LANES_PER_PEER) if (batch := way.submit(piece))]
+            ends_at = min(until_s, time.monotonic() + KNOCK_S)
+            codes = {batch: self._await(batch, ends_at) for batch in batches}
+            if UNDER_WAY not in codes.values():
+                if all(
+                    code == DONE for code in codes.values()
+                ):  # or all were refused, which the transfer itself will tell
+                    line.answered_at = time.monotonic()
+                continue
+            ends = self._cut(line, [batch for batch, code in codes.items() if not code])
+            silences += 1
+            if UNDER_WAY in ends or silences >= SILENCES_MAX or time.monotonic() >= until_s:
+                raise TransferFailed(
+                    f"{way.session_id} sends nothing, although it answers: are its data ports open to this host?",
+                    timed_out=UNDER_WAY in ends or TIMED_OUT in ends,
+                )
+
+
+def _hang_up(address: tuple[str, int] | None) -> None:
+    """Cut every connection of this process that leads there."""
+    for each in connections() if address is not None else ():
+        if (each.host, each.port) == address:
+            hang_up(each)
+
+
+def _plain_host(session_id: str) -> str:
+    """The host in a session, as `connections` spells it; a name, which is not looked up here, as it is."""
+    host = session_host(session_id)
+    try:
+        return plain(ipaddress.ip_address(host))
+    except ValueError:
+        return host
 
 
 def _mooncake() -> Any:

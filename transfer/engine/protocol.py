@@ -26,6 +26,18 @@ class Copy(NamedTuple):
     nbytes: int
 
 
+class Watch:
+    """What who ordered a transfer and who carries it out tell each other meanwhile. Each side writes one field."""
+
+    __slots__ = ("arrived_nbytes", "is_recalled")
+
+    def __init__(self) -> None:
+        self.is_recalled = False
+        """Whether it is wanted no longer: end it, if that can be done, and raise."""
+        self.arrived_nbytes = 0
+        """So far; bytes that came in vain are counted, too."""
+
+
 class TransferEngine(Protocol):
     """Moves bytes between registered memory of two processes. Every call may block; none holds the GIL for long."""
 
@@ -42,14 +54,18 @@ class TransferEngine(Protocol):
         """Close ranges that `register` opened. Raises EngineRefused."""
         ...
 
-    def read(self, session_id: str, copies: Sequence[Copy]) -> None:
-        """Copy from the peer's memory into ours. All or nothing: raises TransferFailed."""
+    def read(self, session_id: str, copies: Sequence[Copy], watch: Watch | None = None) -> None:
+        """Copy from the peer's memory into ours.
+
+        Raises TransferFailed, which says what came and whether anything still may. One that is recalled by its `watch`
+        ends soon, also with a peer that has stopped.
+        """
         ...
 
     def write(self, session_id: str, copies: Sequence[Copy], within_s: float | None = None) -> None:
         """Copy from our memory into the peer's, and give up after `within_s` if that is sooner than the engine would.
 
-        All or nothing: raises TransferFailed.
+        Raises TransferFailed.
         """
         ...
 

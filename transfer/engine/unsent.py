@@ -5,9 +5,10 @@ for seconds over a slow link (measured: 0.25 MB arrived in the 6 s after a trans
 So before an engine is dropped whose transfers were given up on, its connections are told to end by a reset, which
 throws away what was not sent. What was sent and is on its way arrives within a round trip, and that is waited for.
 
-Which of a process's connections are its engine's nobody says. So all are told, for as long as dropping takes, in which
-Mooncake holds the GIL and nobody else closes any; and those that are still there afterwards are told to end as before.
-A process that is killed throws nothing away: its send buffers are delivered.
+Which of a process's connections are its engine's nobody says. So all are told that this process made itself, those that
+others made to it being left alone: for as long as dropping takes, in which Mooncake holds the GIL and nobody else
+closes any. Those that are still there afterwards are told to end as before. A process that is killed throws nothing
+away: its send buffers are delivered.
 """
 
 from __future__ import annotations
@@ -44,9 +45,18 @@ def discarding() -> Iterator[None]:
 
 
 def _connections() -> Iterator[socket.socket]:
-    """This process's TCP connections, each as another descriptor of it that is closed again."""
+    """The TCP connections that this process made, each as another descriptor of it that is closed again."""
+    listening = {found.getsockname()[1] for found in _sockets() if _listens(found)}
+    for found in _sockets():
+        with suppress(OSError):  # it ended meanwhile
+            if not _listens(found) and found.getsockname()[1] not in listening and found.getpeername():
+                yield found
+
+
+def _sockets() -> Iterator[socket.socket]:
+    """This process's TCP sockets, in the same way."""
     for descriptor in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # closed meanwhile, no socket, or one that listens
+        with suppress(OSError):  # closed meanwhile, or no socket
             copy = os.dup(int(descriptor))
             try:
                 found = socket.socket(fileno=copy)
@@ -54,9 +64,12 @@ def _connections() -> Iterator[socket.socket]:
                 os.close(copy)
                 continue
             with found:
-                found.getpeername()
                 if found.type == socket.SOCK_STREAM and found.family in (socket.AF_INET, socket.AF_INET6):
                     yield found
+
+
+def _listens(found: socket.socket) -> bool:
+    return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _number(connection: socket.socket) -> int:

@@ -122,14 +122,15 @@ def _copy_and_check(copies: Sequence[SlotCopy], block: int, nbytes: int) -> byte
     digest = xxhash.xxh3_128()
     end = 0
     for copy in copies:
-        digest.update(bytes(copy.block_offset - end))  # alignment between tensors is zeros
-        into = view(copy.address, copy.run_nbytes)
+        if copy.block_offset > end:
+            digest.update(bytes(copy.block_offset - end))  # alignment between tensors is zeros
         for at in range(0, copy.run_nbytes, CHUNK_NBYTES):
             size = min(CHUNK_NBYTES, copy.run_nbytes - at)
             ctypes.memmove(copy.address + at, block + copy.block_offset + at, size)
-            digest.update(into[at : at + size])
+            digest.update(view(copy.address + at, size))
         end = copy.block_offset + copy.run_nbytes
-    digest.update(bytes(nbytes - end))
+    if nbytes > end:
+        digest.update(bytes(nbytes - end))
     return digest.digest()
 
 

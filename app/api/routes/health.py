@@ -20,7 +20,7 @@ async def livez() -> Live:
 @router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
-    summary="Every block placed here is published, sealed and registered",
+    summary="Every block placed here is published, sealed, registered and attachable",
     responses={503: {"model": Readiness, "description": "Not ready: the body names each check."}},
 )
 def readyz(context: CurrentContext, response: Response) -> Readiness:
@@ -30,4 +30,6 @@ def readyz(context: CurrentContext, response: Response) -> Readiness:
     if not ready:
         response.status_code = 503
     missing = len(holding.missing()) if holding else 0
-    return Readiness(ready=ready, state=context.node.state, checks=checks, missing=missing)
+    return Readiness(
+        ready=ready, state=context.node.state, checks=checks, missing=missing, detail=context.node.problem()
+    )

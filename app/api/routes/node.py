@@ -39,6 +39,7 @@ def node_document(context: Context) -> NodeDocument:
         proved_oldest=oldest,
         version=VERSION,
         revision=holding.revision if holding else "",
+        shortage=node.shortage,
         replicas=node.settings.replica_count,
         placement_digest=holding.placement.digest if holding else None,
         started_at=context.started_at,

@@ -104,6 +104,8 @@ def _node_rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield "proved", _proved(node)
     yield "segment", f"/dev/shm/{node['segment']}"
+    if readiness and readiness["detail"]:
+        yield "memory", readiness["detail"]
     yield "manifest", node["manifest_digest"] or "not known yet"
     yield "transfers", node["session_id"] or "no engine"
 

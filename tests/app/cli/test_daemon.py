@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from app.cli.daemon import DESCRIPTORS_MAX
 from shm.layout import SegmentName
 from tests.processes import DEADLINE_S, ROOT, Child, start_anew
 
@@ -193,3 +195,28 @@ def test_a_checkpoint_that_cannot_be_used_is_said_and_nothing_is_left(
         assert str(directory) in done.stderr
         assert "Traceback" not in done.stderr
     assert objects() == []
+
+
+@pytest.mark.parametrize("token", ["s3cret\nX-Injected: 1", "s3cr\u00e9t", "s3cret" * 200])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_printed(
+    hotspare: Hotspare, options: Options, objects: Objects, token: str
+) -> None:
+    for command, given, variables in (
+        (["serve", *options()], ["--token", token], {}),
+        (["serve", *options()], [], {"HOTSPARE_TOKEN": token}),
+        (["status"], [], {"HOTSPARE_TOKEN": token}),
+        (["restore", "--node", "n"], ["--token", token], {}),
+    ):
+        done = hotspare(*command, *given, **variables)
+        assert done.returncode != 0
+        assert "visible ASCII" in " ".join((done.stdout + done.stderr).split())
+        assert "s3cr" not in done.stdout + done.stderr
+    assert objects() == []
+
+
+def test_a_node_has_as_many_descriptors_as_the_host_allows(start: Start, options: Options) -> None:
+    daemon = start([*options(), "--fill", "none"])
+    daemon.expect("node-a of")
+    soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    assert soft in (hard, DESCRIPTORS_MAX)
+    assert daemon.stop()[0] == 0

@@ -85,7 +85,9 @@ def test_a_restore_fills_the_node_from_disk(store: RestoreStore, live: Any) -> N
     done = ended(store, store.submit(REQUEST).id)
     assert (done.state, done.blocks_done, done.failed_total) == ("succeeded", 39, 0)
     assert done.bytes_by_source == {"local": 0, "peer": 0, "disk": done.bytes_total}
-    assert live.context.node.checks() == dict.fromkeys(("manifest", "published", "sealed", "registered"), True)
+    assert live.context.node.checks() == dict.fromkeys(
+        ("manifest", "published", "sealed", "registered", "attachable"), True
+    )
 
 
 def test_one_cancelled_while_it_is_planned_stays_cancelled_and_moves_nothing(

@@ -15,9 +15,12 @@ from transfer.client.control_plane import ControlPlane
 from transfer.client.http import NodeUnreachable
 from transfer.client.pinned_content import PinnedContent
 
-NODE = {"node_id": "n", "model": "moe", "namespace": "default", "session_id": "127.0.0.1:33"}
+NODE = {
+    "node_id": "n", "model": "moe", "namespace": "default", "session_id": "127.0.0.1:33", "segment": "hotspare.moe.n",
+    "blocks_unproved": 0,
+}  # fmt: skip
 OTHER = {"node_id": "p", "url": "http://127.0.0.1:9/", "state": "alive"}
-ODD = (None, 3, 1e300, True, [], {}, "x" * 4000, [[]] * 33)
+ODD = (None, 3.3, 1e300, True, [], {}, "x" * 4000, [[]] * 33)
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def test_maps_and_manifests_that_make_no_sense_are_errors_of_ours(
     ask: Callable[..., Any], make_manifest: Callable[..., Manifest], odd: Any
 ) -> None:
     manifest = make_manifest()
-    right = {"manifest_digest": manifest.digest, "content_digest": "33", "experts": [], "dense": []}
+    right = {"manifest_digest": manifest.digest, "content_digest": "33" * 16, "experts": [], "dense": []}
     for field in right:
         if field == "dense" and odd in ([], {}):
             continue

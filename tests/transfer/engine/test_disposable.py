@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -164,3 +166,27 @@ def test_a_call_under_way_is_waited_for_but_not_for_ever(started: Started, monke
     with engine._use(), pytest.raises(TransferFailed, match="has not ended"):
         engine.drop()
     engine.drop()
+
+
+def test_calls_that_come_one_after_the_other_do_not_keep_it_from_being_dropped(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when many consumers are written to at once: those that come later wait, and have the next engine."""
+    monkeypatch.setattr(disposable_module, "DROP_WAIT_S", 3.0)
+    engine, is_over = DisposableEngine(started), threading.Event()
+
+    def use_until_another_does() -> None:
+        while not is_over.is_set():
+            with engine._use():
+                time.sleep(0.01)
+
+    users = [threading.Thread(target=use_until_another_does) for _ in range(4)]
+    for user in users:
+        user.start()
+    try:
+        engine.drop()
+    finally:
+        is_over.set()
+        for user in users:
+            user.join(30)
+    assert not any(user.is_alive() for user in users)

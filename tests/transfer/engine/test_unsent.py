@@ -75,6 +75,18 @@ def test_a_connection_that_goes_on_ends_as_usual_although_dropping_failed(pair: 
     assert received(theirs) == taken
 
 
+def test_a_connection_that_others_made_delivers_all_though_it_ends() -> None:
+    """A peer that reads from us has asked for it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+        with ours, theirs:
+            taken = send_until_full(ours)
+            with discarding():
+                ours.close()
+            assert received(theirs) == taken
+
+
 def test_no_descriptor_is_left(pair: Pair) -> None:
     before = os.listdir("/proc/self/fd")
     with discarding():

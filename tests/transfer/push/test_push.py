@@ -459,7 +459,7 @@ def test_a_buffer_that_rots_while_it_is_sent_is_not_reported(
 
     meddler.before_write = rot
     destination = ConsumerDestination(Writer(meddler, table, read_back=False), meddler)
-    source = Disk("disk", lambda: checkpoint)
+    source = Disk("disk", partial(pin, checkpoint))
     wants = tuple(Want(row, int(checkpoint.manifest.nbytes[row]), None) for row in (3, 7))
     pushed = source.fetch(Batch(source, wants, (), 0), destination)
     source.close()
