@@ -15,14 +15,18 @@ PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
-	@echo "make test     the test suite            make check    linters, types, import rules, OpenAPI drift"
-	@echo "make bench    the benchmarks            make fmt      format the code"
+	@echo "make test     the test suite"
+	@echo "make check    linters, types, import rules, OpenAPI drift"
+	@echo "make bench    the benchmarks"
+	@echo "make fmt      format the code"
 	@echo "make mutate   break the code on purpose, and see whether a test notices"
-	@echo "make soak     randomised campaigns: pauses, slow links, flips, contents, kills (SEED=, MINUTES= of each)"
-	@echo "make floors   the core of the tests with the lowest versions that pyproject.toml names"
+	@echo "make soak     randomised campaigns: pauses, slow links, flips, contents, kills"
+	@echo "              (SEED=, MINUTES= of each)"
+	@echo "make floors   the core of the tests with the lowest versions of dependencies"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"
-	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
+	@echo "make setup    build .venv"
+	@echo "make clean    remove .venv, caches and builds"
 
 setup: $(STAMP)
 
