@@ -27,7 +27,6 @@ def said(**options: Any) -> str:
 
 def test_it_is_the_listen_address_or_else_one_of_this_host() -> None:
     assert data_host(settings(listen="127.0.0.3:1")) == "127.0.0.3"
-    assert data_host(settings(listen="localhost:1")) in ("127.0.0.1", "::1")
     assert data_host(settings(listen="127.0.0.1:1", data_host="10.3.3.3")) == "10.3.3.3"
     assert not ipaddress.ip_address(data_host(settings(listen="0.0.0.0:0"))).is_unspecified
 
