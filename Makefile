@@ -11,18 +11,23 @@ PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check mutate soak calls sglang bench fmt openapi clean
+.PHONY: help setup demo test check mutate soak calls floors sglang bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
-	@echo "make test     the test suite            make check    linters, types, import rules, OpenAPI drift"
-	@echo "make bench    the benchmarks            make fmt      format the code"
+	@echo "make test     the test suite"
+	@echo "make check    linters, types, import rules, OpenAPI drift"
+	@echo "make bench    the benchmarks"
+	@echo "make fmt      format the code"
 	@echo "make mutate   break the code on purpose, and see whether a test notices"
-	@echo "make soak     randomised campaigns: pauses, slow links, flips, contents, kills (SEED=, MINUTES= of each)"
+	@echo "make soak     randomised campaigns: pauses, slow links, flips, contents, kills"
+	@echo "              (SEED=, MINUTES= of each)"
 	@echo "make calls    thousands of generated API calls (downloads 40 MB; EXAMPLES=, SEED=)"
+	@echo "make floors   the core of the tests with the lowest versions of dependencies"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make openapi  write openapi/openapi.json"
-	@echo "make setup    build .venv               make clean    remove .venv, caches and builds"
+	@echo "make setup    build .venv"
+	@echo "make clean    remove .venv, caches and builds"
 
 setup: $(STAMP)
 
@@ -80,6 +85,21 @@ $(SCHEMATHESIS)/bin/st:
 
 calls: setup $(SCHEMATHESIS)/bin/st
 	@$(BIN)/python tools/generated_calls.py --schemathesis $(abspath $(SCHEMATHESIS)/bin/st) --examples $(EXAMPLES) $(if $(SEED),--seed $(SEED))
+
+# The lowest versions that pyproject.toml names, in an environment of their own. Old packages warn, which is no failure.
+FLOORS := build/floors
+FLOORS_TESTS := tests/shm tests/app/cli tests/app/terminal tests/app/cluster tests/contract/test_api.py \
+    tests/contract/test_api_faults.py tests/transfer/engine $(wildcard tests/transfer/test_*.py)
+$(FLOORS)/.set-up: pyproject.toml constraints.txt tools/floors.py .ci/install | $(STAMP)
+	@rm -rf $(FLOORS)
+	@$(PYTHON) -m venv $(FLOORS)
+	@$(BIN)/python tools/floors.py > $(FLOORS)/requirements.txt
+	@echo "installing into $(FLOORS)"
+	@CONSTRAINTS=/dev/null bash .ci/install $(FLOORS)/bin/python --only-binary :all: --requirement $(FLOORS)/requirements.txt
+	@touch $@
+
+floors: setup $(FLOORS)/.set-up
+	@$(FLOORS)/bin/python -m pytest --numprocesses 2 --dist worksteal -W default::DeprecationWarning $(FLOORS_TESTS)
 
 bench: setup
 	@$(BIN)/python -m compileall -q app shm transfer

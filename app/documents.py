@@ -174,7 +174,8 @@ class PeerDocument(Document):
     conflict: str | None = Field(None, description="Why nothing is taken from it, although it answers.")
     warning: str | None = Field(
         None,
-        description="That its memory cannot be read from here, or what its options and ours disagree on.",
+        description="That its memory cannot be read from here, what its options and ours disagree on, or that two run "
+        "under its id.",
     )
     error: str | None = Field(None, description="Why it last did not answer.")
 

@@ -49,11 +49,12 @@ class Address(NamedTuple):
 
     @property
     def is_loopback(self) -> bool:
-        ip = _ip(self.host)
+        ip = ip_of(self.host)
         return ip.is_loopback if ip else self.host.lower() == "localhost"
 
 
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def ip_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a text is; None for a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
@@ -65,7 +66,7 @@ def parse_address(text: str) -> Address:
     match = re.fullmatch(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]\s/]+)):(?P<port>\d{1,5})", text)
     if not match or int(match["port"]) > 65535:
         raise InvalidInput(f"{text!r} is not HOST:PORT: write 127.0.0.1:8470, or [::1]:8470 for IPv6; port 0 to 65535")
-    if match["v6"] and not isinstance(_ip(match["v6"]), ipaddress.IPv6Address):
+    if match["v6"] and not isinstance(ip_of(match["v6"]), ipaddress.IPv6Address):
         raise InvalidInput(f"{match['v6']!r} is not an IPv6 address: only those stand in brackets")
     return Address(match["v6"] or match["host"], int(match["port"]))
 
@@ -133,17 +134,6 @@ class Settings(BaseModel):
         """Copies of every block, this node's included."""
         return self.replicas or min(DEFAULT_REPLICAS, 1 + len(self.peers))
 
-    @property
-    def engine_host(self) -> str:
-        """The IP that the transfer engine tells its peers; asks the host's routes where nothing names it."""
-        if self.data_host:
-            return self.data_host
-        host = self.address.host
-        ip = _ip(host)
-        if ip is None:
-            return _resolve(host)
-        return _outward_ip() if ip.is_unspecified else host
-
     def require_model(self) -> str:
         """The model's name; raises InvalidInput where none was given."""
         if self.model is None:
@@ -165,7 +155,7 @@ class Settings(BaseModel):
     @field_validator("data_host")
     @classmethod
     def _data_host(cls, value: str | None) -> str | None:
-        ip = None if value is None else _ip(value)
+        ip = None if value is None else ip_of(value)
         if value is not None and (ip is None or ip.is_unspecified):
             raise InvalidInput(f"{value!r} is not an IP address that peers can reach: write one of this host's")
         return value
@@ -215,25 +205,6 @@ class Settings(BaseModel):
             (self.fill == "peer" and not self.peers, "--fill peer: give at least one --peer ID=URL too"),
         )  # fmt: skip
         return [message for wrong, message in checks if wrong]
-
-
-def _resolve(host: str) -> str:
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise InvalidInput(f"--listen: {host!r} has no address here ({error}): give --data-host IP") from error
-
-
-def _outward_ip() -> str:
-    """This host's address on its default route; 127.0.0.1 where it has none. Sends nothing."""
-    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((elsewhere, 9))  # of a datagram socket: only picks the route
-                return str(probe.getsockname()[0])
-        except OSError:
-            continue
-    return "127.0.0.1"
 
 
 def flag(field: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,13 @@ OURS = f"t{os.getpid()}x"  # every namespace of this run begins so
 PORTS = range(18_000, 32_000)  # above Mooncake's, below those that the kernel hands out to whoever connects
 
 _numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    """Whoever runs the tests may have signals ignored, under nohup or in the background; what they start is not to."""
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 
 from app.cluster.cluster import Cluster
 from app.cluster.membership import Membership
+from app.cluster.namesakes import Asker, Namesakes
 from app.cluster.peers import PeerClient
 from app.cluster.prober import Prober
+from app.data_address import data_host, warnings
 from app.node.caretaker import Caretaker
 from app.node.guard import Guard
 from app.node.node import Node
@@ -23,6 +25,14 @@ from transfer.engine import MooncakeEngine, TransferEngine
 from transfer.loop import Loop
 
 _log = logging.getLogger("hotspare.node")
+
+
+def _engine_starter(settings: Settings) -> Callable[[], TransferEngine]:
+    """Starts Mooncake's engine. Raises InvalidInput for an address that peers cannot reach; warns of doubtful ones."""
+    host = data_host(settings)
+    for warning in warnings(settings, host):
+        _log.warning("%s", warning)
+    return lambda: MooncakeEngine(host, settings.transport)
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,13 @@ class Context:
 
         `start_engine` starts a transfer engine: Mooncake's by default.
         """
-        client = PeerClient(settings.token.get_secret_value() if settings.token else None)
-        cluster = Cluster(Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace))
+        start = start_engine or _engine_starter(settings)
+        namesakes = Namesakes(settings.node_id, settings.peers)
+        token = settings.token.get_secret_value() if settings.token else None
+        client = PeerClient(token, Asker(settings.node_id, namesakes.own_start))
+        membership = Membership(settings.peers, model=settings.require_model(), namespace=settings.namespace)
+        cluster = Cluster(membership, namesakes=namesakes)
         prober = Prober(cluster, client)
-        start = start_engine or (lambda: MooncakeEngine(settings.engine_host, settings.transport))
         node = Node(settings, cluster, prober, start)
         try:
             node.open()

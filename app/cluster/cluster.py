@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from app.cluster.membership import Membership, NodeReport, Peer, PeerState
+from app.cluster.namesakes import Asker, Namesakes
 from app.cluster.peers import PeerBlocks
 from shm.errors import ManifestError
 from shm.manifest import Manifest
@@ -38,9 +39,12 @@ class Version(NamedTuple):
 class Cluster:
     """This node's view of its peers. Thread-safe; the lock is held for as long as a dictionary takes."""
 
-    def __init__(self, membership: Membership, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, membership: Membership, clock: Callable[[], float] | None = None, namesakes: Namesakes | None = None
+    ) -> None:
         """`clock` counts seconds from anywhere, and must never jump: `time.monotonic` by default."""
         self._membership = membership
+        self._namesakes = namesakes
         self._clock = clock or (lambda: time.monotonic())
         self._manifest: Manifest | None = None
         self._content_digest: str | None = None
@@ -113,6 +117,15 @@ class Cluster:
         elif before is not None and after is None:
             _log.warning("the memory of %s can be read from here again", node_id)
 
+    def was_asked(self, asker: Asker, host: str) -> None:
+        """A node asked this one something, from that host."""
+        if self._namesakes is None:
+            return
+        with self._lock:
+            warning = self._namesakes.hear(asker.node_id, asker.start, host, self._clock())
+        if warning is not None:
+            _log.error("%s", warning)
+
     # -- what is known ---------------------------------------------------------------------------------------
 
     def peers(self) -> list[Peer]:
@@ -124,6 +137,11 @@ class Cluster:
         """When a peer last answered, as this host's date was then: for people, never to count with."""
         with self._lock:
             return self._last_seen.get(node_id)
+
+    def namesake_warning(self, node_id: str) -> str | None:
+        """What is to be told if two hosts run under this id, ours or a peer's."""
+        with self._lock:
+            return None if self._namesakes is None else self._namesakes.warning(node_id, self._clock())
 
     def url(self, node_id: str) -> str:
         """Where a peer's control plane is; raises InvalidInput for a node that was never named."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from app.cluster.namesakes import ASKER_HEADER, Asker
 from app.errors import PeerFailed
 from shm.errors import ManifestError
 from shm.manifest import Manifest
@@ -41,6 +42,12 @@ class PeerBlocks:
 
 class PeerClient(NodeHttp):
     """What nodes ask of each other. Thread-safe."""
+
+    def __init__(self, token: str | None = None, asker: Asker | None = None) -> None:
+        """`asker` is the node that asks; None for who is none. Raises as `NodeHttp` does."""
+        super().__init__(token)
+        if asker is not None:
+            self._headers[ASKER_HEADER] = str(asker)
 
     def node(self, url: str) -> dict[str, Any]:
         """The peer's `/v1/node`."""

@@ -48,8 +48,8 @@ class Interruption:
         self.check()
 
     def __enter__(self) -> Interruption:
-        numbers = [each for each in STOPPING_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # nohup ignores
-        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        ours = [n for n in STOPPING_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+        self._before = {number: signal.signal(number, self._on_signal) for number in ours}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

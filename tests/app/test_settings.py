@@ -1,4 +1,3 @@
-import ipaddress
 import socket
 from pathlib import Path
 
@@ -103,20 +102,6 @@ def test_replicas_default_to_two_where_there_are_two_nodes() -> None:
     assert load_settings(None, {"peers": [B]}).replica_count == 2
     assert load_settings(None, {"peers": [B, C]}).replica_count == 2
     assert load_settings(None, {"peers": [B, C], "replicas": 3}).replica_count == 3
-
-
-def test_the_engine_tells_the_listen_address_or_else_one_of_this_host() -> None:
-    assert load_settings(None, {"listen": "127.0.0.3:1"}).engine_host == "127.0.0.3"
-    assert load_settings(None, {"listen": "localhost:1"}).engine_host in ("127.0.0.1", "::1")
-    assert load_settings(None, {"listen": "127.0.0.1:1", "data_host": "10.3.3.3"}).engine_host == "10.3.3.3"
-    everywhere = load_settings(None, {"listen": "0.0.0.0:0", "insecure": True}).engine_host
-    assert not ipaddress.ip_address(everywhere).is_unspecified
-
-
-def test_a_listen_name_without_an_address_says_what_to_give() -> None:
-    settings = load_settings(None, {"listen": "nowhere.invalid:1", "insecure": True})
-    with pytest.raises(InvalidInput, match="give --data-host"):
-        _ = settings.engine_host
 
 
 def test_a_node_without_a_model_says_so() -> None:

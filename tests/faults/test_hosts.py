@@ -19,6 +19,7 @@ needs_namespaces = pytest.mark.skipif(
 )
 pytestmark = needs_namespaces
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
+ADDRESSES_V6 = {"a": "fd77::1", "b": "fd77::2"}
 PORT = 8470
 SLOW = "12mbit"  # so that half a checkpoint takes some seconds
 VERY_SLOW = "1mbit"  # so that a transfer of some blocks takes longer than it is given
@@ -96,6 +97,7 @@ class Hosts:
             for host, end in self._ends.items():
                 self._ip("link", "set", end, "netns", self.names[host])
                 self._ip("-n", self.names[host], "addr", "add", f"{ADDRESSES[host]}/24", "dev", end)
+                self._ip("-n", self.names[host], "addr", "add", f"{ADDRESSES_V6[host]}/64", "dev", end, "nodad")
                 for device in ("lo", end):
                     self._ip("-n", self.names[host], "link", "set", device, "up")
         except BaseException:
@@ -207,6 +209,36 @@ def test_a_host_that_goes_dark_in_the_middle_is_replaced_by_the_disk(
     found = json.loads(asking.expect("done"))
     assert (found["state"], found["same"]) == ("succeeded", True), found
     assert found["by"]["local"] > 0 < found["by"]["disk"]
+
+
+@pytest.mark.parametrize("addresses", [ADDRESSES, ADDRESSES_V6], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["one address", "every address"])
+def test_a_node_is_filled_from_another_host_whatever_the_address_is_like(
+    hosts: Hosts,
+    python: Callable[..., Any],
+    namespace: str,
+    moe_checkpoint: Path,
+    addresses: dict[str, str],
+    everywhere: bool,
+) -> None:
+    """On hosts without a default route, a node that listens everywhere has the address that leads to its peers."""
+
+    def url(host: str) -> str:
+        return f"[{host}]:{PORT}" if ":" in host else f"{host}:{PORT}"
+
+    def serve(host: str, *more: object) -> Any:
+        other = next(each for each in addresses if each != host)
+        listen = ("::" if ":" in addresses[host] else "0.0.0.0") if everywhere else addresses[host]
+        arguments = ["serve", "--model", "moe", "--namespace", namespace, "--insecure", "--replicas", "2", *more]
+        arguments += ["--node-id", host, "--listen", url(listen), "--peer", f"{other}=http://{url(addresses[other])}"]
+        return python(SERVE, *arguments, network=hosts.names[host])
+
+    filled = serve("a", "--checkpoint", moe_checkpoint)
+    filled.expect("a is ready")
+    from_peer = serve("b")
+    assert "from peer" in from_peer.expect("b is ready after")
+    assert "--data-host" not in from_peer.stop()[2]
+    assert filled.stop()[0] == 0
 
 
 def test_over_a_slow_link_nothing_is_written_after_the_registration_was_taken_back(

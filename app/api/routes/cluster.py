@@ -15,6 +15,7 @@ from app.api.context import Context
 from app.api.current import CurrentContext
 from app.api.problems import problem_responses
 from app.cluster import shard_map
+from app.cluster.cluster import Cluster
 from app.cluster.coverage import CoverageCount, cover
 from app.cluster.membership import Peer, PeerState
 from app.documents import (
@@ -93,17 +94,18 @@ def _node_state(state: str | None) -> NodeState | None:
     return next((known for known in NodeState if known == state), None)
 
 
-def _peer_document(peer: Peer, last_seen: datetime | None) -> PeerDocument:
+def _peer_document(peer: Peer, cluster: Cluster) -> PeerDocument:
+    warnings = filter(None, (peer.warning, cluster.namesake_warning(peer.node_id)))
     return PeerDocument(
         node_id=peer.node_id,
         url=peer.url,
         state=peer.state,
-        last_seen=last_seen,
+        last_seen=cluster.last_seen(peer.node_id),
         node_state=_node_state(peer.report.state if peer.report else None),
         blocks_unproved=peer.report.blocks_unproved if peer.report else None,
         proved_oldest=peer.report.proved_oldest if peer.report else None,
         conflict=peer.conflict,
-        warning=peer.warning,
+        warning="; ".join(warnings) or None,
         error=peer.error,
     )
 
@@ -111,6 +113,7 @@ def _peer_document(peer: Peer, last_seen: datetime | None) -> PeerDocument:
 @router.get("/nodes", summary="The nodes, as this one sees them", responses=problem_responses(401))
 def get_nodes(context: CurrentContext, request: Request) -> Nodes:
     unproved, oldest = proofs_of(context.node.holding)
+    cluster = context.cluster
     own = PeerDocument(
         node_id=context.node.settings.node_id,
         url=str(request.base_url).rstrip("/"),
@@ -120,9 +123,9 @@ def get_nodes(context: CurrentContext, request: Request) -> Nodes:
         node_state=context.node.state,
         blocks_unproved=unproved,
         proved_oldest=oldest,
+        warning=cluster.namesake_warning(context.node.settings.node_id),
     )
-    cluster = context.cluster
-    documents = [_peer_document(peer, cluster.last_seen(peer.node_id)) for peer in cluster.peers()]
+    documents = [_peer_document(peer, cluster) for peer in cluster.peers()]
     return Nodes(nodes=sorted([own, *documents], key=lambda d: d.node_id))
 
 

@@ -100,6 +100,7 @@ def get_consumer(context: CurrentContext, consumer_id: ConsumerId) -> ConsumerDo
 @router.delete(
     "/consumers/{consumer_id}",
     status_code=204,
+    response_model=None,  # or fastapi before 0.117 takes the annotation for a body
     summary="End a registration",
     responses=problem_responses(401, 404, 503),
 )

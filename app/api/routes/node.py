@@ -11,6 +11,7 @@ from app.api.caching import etag, not_modified
 from app.api.context import Context
 from app.api.current import CurrentContext
 from app.api.problems import problem_responses
+from app.cluster.namesakes import ASKER_HEADER, Asker
 from app.documents import DoubtRequest, ManifestDocument, NodeDocument
 from app.errors import Unavailable
 from app.node.holding import proofs_of
@@ -47,13 +48,17 @@ def node_document(context: Context) -> NodeDocument:
 
 
 @router.get("/node", summary="This node", responses=problem_responses(401))
-def get_node(context: CurrentContext) -> NodeDocument:
+def get_node(context: CurrentContext, request: Request) -> NodeDocument:
+    asker = Asker.read(request.headers.get(ASKER_HEADER, ""))
+    if asker is not None and request.client is not None:
+        context.cluster.was_asked(asker, request.client.host)
     return node_document(context)
 
 
 @router.post(
     "/doubts",
     status_code=204,
+    response_model=None,
     summary="Have blocks proved next that arrived wrong",
     responses=problem_responses(401, 404, 409, 413, 422, 503),
 )

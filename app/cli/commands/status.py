@@ -62,7 +62,7 @@ def _tables(document: Mapping[str, Any]) -> Iterator[Listing]:
     yield Listing("Node", ("", ""), _node_rows(document))
     rows = (
         (n["node_id"] + (" (this one)" if n["self"] else ""), n["url"], n["state"], n["node_state"] or "-",
-         n["conflict"] or n["error"] or "")
+         n["conflict"] or n["error"] or n["warning"] or "")
         for n in document["nodes"]
     )  # fmt: skip
     yield Listing("Nodes", ("node", "url", "seen as", "says it is", "~"), rows)
