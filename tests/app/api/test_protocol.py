@@ -124,6 +124,7 @@ def test_whoever_asks_is_heard_beside_more_connections_than_there_may_be(
     node: Any, connect: Callable[[], socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "connections_max", lambda: 33)
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 10 * DEADLINE_S)  # not what ends them here
     idle = [connect() for _ in range(100)]
     slow = [connect() for _ in range(100)]
     for each in slow:
