@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import psutil
 import pytest
@@ -29,6 +30,9 @@ from tests.processes import NODE_MODULES, ROOT, Child, Daemon, Zygote, start_ane
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.checkpoint.synth import write_checkpoint
 from transfer.engine import MooncakeEngine
+
+hypothesis.settings.register_profile("hotspare", deadline=None)  # of a busy machine's seconds nothing follows
+hypothesis.settings.load_profile("hotspare")
 
 OURS = f"t{os.getpid()}x"  # every namespace of this run begins so
 PORTS = range(18_000, 32_000)  # above Mooncake's, below those that the kernel hands out to whoever connects

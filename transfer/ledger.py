@@ -33,7 +33,6 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from typing import NamedTuple
 
 from transfer.errors import SomeLost, TransferFailed, told
@@ -150,6 +149,10 @@ class Ledger:
         for row, reason in (reasons or {}).items():
             self._blocks[row].give_reason(reason)
         self._sources = {key: Record(key, party) for key, party in parties.items()}
+        for row, block in self._blocks.items():
+            for offer in block.offers:
+                self._sources[offer.source].open.add(row)
+        self._look_at = float("-inf")
         self._count = dict.fromkeys(Stage, 0) | {Stage.WANTED: len(self._blocks)}
         self._unassigned = list(self._blocks)
         self._to_verify: list[int] = []
@@ -169,9 +172,13 @@ class Ledger:
             source.listen(now)
         if not self.is_cancelled:
             self._assign()
+        is_looking = now >= self._look_at and not (self.is_cancelled or self._is_abandoned)
+        if is_looking:
             self._share(now)
         move = () if self.is_cancelled else tuple(self._start(now))
-        recall = () if self.is_cancelled or self._is_abandoned else tuple(self._recall(now))
+        recall = tuple(self._recall(now)) if is_looking else ()
+        if is_looking and not move:
+            self._look_at = now + LOOK_S
         verify, self._to_verify = self._to_verify, []
         publish, self._to_publish = self._to_publish, []
         return Orders(move, self._arrived(verify), self._arrived(publish), self._wait_s(now), recall)
@@ -206,21 +213,16 @@ class Ledger:
 
     def _share(self, now: float) -> None:
         """Let who is idle have of what waits for others: the last of it, half at most, so that both end together."""
-        for idle in [source for source in self._sources.values() if source.is_idle]:
+        for idle in [source for source in self._sources.values() if source.is_idle and source.open]:
             held_up = (s for s in self._sources.values() if s.queue and s.is_held_up(now))
             for busy in sorted(held_up, key=lambda s: -s.queue.nbytes):
                 if busy.party.tier < idle.party.tier:
                     continue  # else every restore from memory would end on the disk
                 nbytes = min(idle.party.limits.nbytes, busy.queue.nbytes // 2)
-                for want in busy.queue.take_last(partial(self._is_open, idle), nbytes):
+                for want in busy.queue.take_last(idle.open.__contains__, nbytes):
                     self._put(self._blocks[want.row], idle)
                 if idle.queue:
                     break
-
-    def _is_open(self, source: Record, row: int) -> bool:
-        """Whether a block may be asked of a source for the first time."""
-        block = self._blocks[row]
-        return source.key not in block.tried and any(offer.source == source.key for offer in block.offers)
 
     def _put(self, block: _Block, source: Record) -> None:
         """Have a block wait for a source that offers it."""
@@ -230,7 +232,7 @@ class Ledger:
 
     def _recall(self, now: float) -> Iterable[Batch]:
         """The batches that somebody who is idle would bring sooner, each once."""
-        idle = [source for source in self._sources.values() if source.is_idle]
+        idle = [source for source in self._sources.values() if source.is_idle and source.open]
         for source in self._sources.values() if idle else ():
             for batch, course in source.under_way.items():
                 if course.is_recalled or not self._would_serve(idle, source, batch, now):
@@ -242,7 +244,7 @@ class Ledger:
 
     def _would_serve(self, idle: Sequence[Record], source: Record, batch: Batch, now: float) -> bool:
         late = [other for other in idle if other is not source and source.is_late(batch, other, now)]
-        return any(self._is_open(other, want.row) for other in late for want in batch.wants)
+        return any(want.row in other.open for other in late for want in batch.wants)
 
     def _start(self, now: float) -> Iterable[Batch]:
         free = LANES_MAX - sum(len(source.under_way) for source in self._sources.values())
@@ -266,7 +268,7 @@ class Ledger:
         doubted = (s for s in self._sources.values() if s.is_doubted and s.has_room)
         pauses = [pause for s in doubted if (pause := s.pause_s(now))]
         sources = self._sources.values()
-        if not self._is_abandoned and any(s.is_idle for s in sources) and any(s.under_way for s in sources):
+        if not self._is_abandoned and any(s.is_idle and s.open for s in sources) and any(s.under_way for s in sources):
             pauses.append(LOOK_S)  # what is under way may be late by then
         return min(pauses, default=None)
 

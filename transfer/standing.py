@@ -65,6 +65,8 @@ class Record:
     key: Hashable
     party: Party
     queue: Queue = field(default_factory=Queue)
+    open: set[int] = field(default_factory=set)
+    """Rows that it has, and was never asked for."""
     under_way: dict[Batch, Course] = field(default_factory=dict)
     begun: int = 0
     """How many batches were ordered of it."""
@@ -133,6 +135,7 @@ class Record:
             self.busy_since = self.heard_at = now
             self.arrived_nbytes = self.ended_nbytes = 0
         self.under_way[batch] = Course(now)
+        self.open.difference_update(want.row for want in batch.wants)
         self.moving_nbytes += batch.nbytes
         return batch
 

@@ -93,6 +93,7 @@ PROBLEM_TYPES: Mapping[type[HotspareError], ProblemType] = {
     transfer_errors.TransferFailed: _TRANSFER_FAILED,
     transfer_errors.SomeLost: _TRANSFER_FAILED,
     transfer_errors.RestoreError: ProblemType(409, "restore-refused", "The restore cannot be done as asked"),
+    transfer_errors.SomeLost: ProblemType(502, "transfer-failed", "Bytes did not come from a peer"),
     transfer_errors.NothingToRestore: ProblemType(422, "nothing-to-restore", "The request names no block of the model"),
     app_errors.NodeError: ProblemType(500, "failed", "The node could not do it"),
     app_errors.NotFound: _NOT_FOUND,

@@ -330,8 +330,8 @@ def test_what_is_late_is_recalled_once_and_brought_by_who_is_idle() -> None:
     race = Race()
     assert race.ledger.next(1.0).wait_s == LOOK_S
     late_at = GRACE_S + LATE_FACTOR * 1.0
-    assert not race.recalled(late_at - 0.01)
-    assert race.recalled(late_at + 0.01)
+    assert not race.recalled(late_at - LOOK_S)
+    assert race.recalled(late_at + LOOK_S)
     assert not race.recalled(late_at + 9), "each once"
     (batch,) = race.ends(CUT, 3.0)
     assert (batch.source, batch.wants) == ("other", race.slow.wants)
