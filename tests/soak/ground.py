@@ -50,7 +50,7 @@ class Traced:
         self._call, self._number = call, number
 
     def fork(self, command: Sequence[str], streams: Sequence[int], environment: Mapping[str, str]) -> Process:
-        # -D: the process is our child, and strace its grandchild, so that both end with it. No --seccomp-bpf, quicker as
+        # -D: the process is our child, and strace its grandchild, so that both end with it. No --seccomp-bpf, quick as
         # it would be: with it strace 6.1 injects nothing.
         strace = ["strace", "-D", "-f", "-qq", "-o", os.devnull, "-e", f"trace={self._call}"]
         inject = f"inject={self._call}:signal=SIGKILL:when={self._number}"
