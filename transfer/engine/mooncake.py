@@ -42,6 +42,7 @@ GIVE_UP_SHARE = 0.9  # of Mooncake's own patience: who is first to cut the conne
 # For copies to end whose connections were cut: that takes milliseconds, or a second where one was just being made, and
 # within that an engine is dropped.
 HANG_UP_WAIT_S = 0.25
+IN_FLIGHT_PER_LANE = 2  # one that moves, and one behind it, so that no connection idles until we look
 SMALL_NBYTES = 64 << 10
 SMALL_PER_LANE = 32  # of which as many may be under way for each connection: what waits for one cannot be recalled
 CONTACT_S = 2.0  # for first contact: a few hundred bytes each way
@@ -68,7 +69,7 @@ class _Line:
     meeting: threading.Thread | None = None
     answered_at: float = -math.inf
     """When bytes last came."""
-    room: int = TCP_LANES_PER_PEER * SMALL_PER_LANE
+    room: int = IN_FLIGHT_PER_LANE * TCP_LANES_PER_PEER * SMALL_PER_LANE
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, nbytes: int) -> bool:
