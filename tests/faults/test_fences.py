@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def test_published_blocks_can_be_read_and_not_written_by_a_peer(
     expected_blocks: Callable[..., Blocks],
     held: Callable[..., Blocks],
     stranger: MooncakeEngine,
+    wait_until: Callable[..., Any],
 ) -> None:
     node = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint).wait_ready()
     memory = np.frombuffer(mmap.mmap(-1, 4096), np.uint8)
@@ -52,7 +54,14 @@ def test_published_blocks_can_be_read_and_not_written_by_a_peer(
         with pytest.raises(TransferFailed):
             stranger.write(session_id, [Copy(replica["address"], ours, 3333)])
     assert held(namespace) == expected_blocks(moe_checkpoint)
-    stranger.read(replica["session_id"], [Copy(ours, replica["address"], 3333)])  # it lives, and serves on
+
+    def is_read() -> bool:
+        with suppress(TransferFailed):  # the refusals cut connections, and new ones take the engine a moment
+            stranger.read(replica["session_id"], [Copy(ours, replica["address"], 3333)])
+            return True
+        return False
+
+    wait_until(is_read, "it lives, and serves on")
     assert memory[:3333].tobytes() == expected_blocks(moe_checkpoint)[key][:3333]
 
 

@@ -117,7 +117,7 @@ def test_a_table_of_ten_megabytes_holds_nobody_up(node: Any) -> None:
     for _ in range(5):  # of a machine with a load of 12, one in five is enough
         longest, took = longest_wait(node, put)
         shares.append(longest / took)
-    assert min(shares) < 1 / 4, "it is near 1 where it is read on the event loop"
+    assert min(shares) < 1 / 2, "it is near 1 where it is read on the event loop"
 
 
 def test_parsing_gives_way() -> None:
