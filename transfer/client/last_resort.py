@@ -28,6 +28,11 @@ class LastResort:
         """Whether there is anything to read: a directory may hold a configuration alone."""
         return self._directory is not None and any(self._directory.glob("*.safetensors"))
 
+    def files(self) -> list[Path]:
+        """The checkpoint's files, also those without experts; none without a directory. Raises CheckpointError."""
+        checkpoint = self._checkpoint or self.named(None)  # which of its manifests was read last is all the same
+        return [] if checkpoint is None else [checkpoint.path(n) for n in range(len(checkpoint.manifest.files))]
+
     def named(self, model: str | None) -> Checkpoint | None:
         """The checkpoint, its experts only; None without a directory. Raises CheckpointError."""
         return self._read(model or NAMELESS, "experts")

@@ -111,7 +111,6 @@ class Loader:
         """
         self._control = ControlPlane(url, token)
         self._disk = LastResort(checkpoint)
-        self._directory = None if checkpoint is None else Path(checkpoint)
         self._around = Surroundings(self._control, self._disk, model, namespace, node)
         self._lease = EngineLease(engine, engine_host, transport, self._control.address)
         self._staging: Staging | None = None
@@ -310,7 +309,7 @@ class Loader:
             return
         from safetensors import SafetensorError, safe_open
 
-        for path in self._files():
+        for path in self._disk.files():
             try:
                 with safe_open(path, framework="pt", device=device) as file:
                     for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -320,12 +319,6 @@ class Loader:
                             yield from count.each([(name, tensor)])
             except (SafetensorError, OSError) as error:
                 raise RestoreError(f"{path} cannot be read: {error}; download it again") from error
-
-    def _files(self) -> list[Path]:
-        assert self._directory is not None
-        checkpoint = self._disk.named(None)
-        assert checkpoint is not None
-        return [checkpoint.path(number) for number in range(len(checkpoint.manifest.files))]
 
 
 class _Count:

@@ -12,7 +12,7 @@ import orjson
 import pytest
 from fastapi.routing import APIRoute
 
-from app.api.bodies import SMALL_NBYTES, BodyRoute
+from app.api.bodies import SMALL_NBYTES, VALUES_MAX, BodyRoute
 from app.api.routes import cluster, consumers, health, metrics, restores
 from app.api.routes import node as node_routes
 from app.documents import EXPERTS_MAX, give_way
@@ -118,6 +118,12 @@ def test_a_table_of_ten_megabytes_holds_nobody_up(node: Any) -> None:
         longest, took = longest_wait(node, put)
         shares.append(longest / took)
     assert min(shares) < 1 / 2, "it is near 1 where it is read on the event loop"
+
+
+def test_numbers_without_end_are_counted_before_they_are_parsed(node: Any) -> None:
+    answer = post(node, b"[" + b"1," * (VALUES_MAX + 1) + b"1]")
+    assert answer.status_code == 422
+    assert "2,000,001 values" in answer.json()["errors"][0]["message"]
 
 
 def test_parsing_gives_way() -> None:
