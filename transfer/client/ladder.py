@@ -6,7 +6,7 @@ Each rung is a `transfer.restore.Restore` over what the rungs before it could no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from shm.attachment import Attachment
 from shm.block import HeldBlock
@@ -32,12 +32,22 @@ from transfer.sources import (
 
 LOCAL, DISK = "local", "disk"
 PEER_BATCH_NBYTES = 96 << 20
+PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
+
+
+class Reach(NamedTuple):
+    """What peers' bytes come through: an engine, if there is one; see `Ladder.climb`."""
+
+    engine: TransferEngine | None
+    fence: Callable[[], None] | None
+    is_straight: bool = False
 
 
 class Ladder:
     """One restore's way up. `missing` is what is still to bring: manifest row → what each source said."""
 
     def __init__(self, bound: BoundTable, rows: Iterable[int], tally: Tally) -> None:
+        self.manifest = bound.manifest
         self._bound = bound
         self._tally = tally
         self._expected: dict[int, bytes] = {}
@@ -62,6 +72,24 @@ class Ladder:
         self._node_of[source] = None
         self._expected.update((row, held[row].checksum) for row in rows)
         self._run([Holder(source, held)], [[source]], rows, self._destination(stages_host=stages_host))
+
+    def climb_all(
+        self,
+        find: Callable[[Ladder], Mapping[int, Mapped]],
+        reach: Callable[[], Reach],
+        checkpoint: Callable[[], PinnedCheckpoint] | None,
+    ) -> None:
+        """Take what is missing from peers, and once from the disk, for as long as somebody has something new to offer.
+
+        `find` says who has what is missing, and `reach` how they are read now; `checkpoint` as for `climb`.
+        """
+        for attempt in range(PASSES_MAX):
+            if not self.missing:
+                return
+            found, through = find(self), reach()
+            disk = checkpoint if attempt == 0 else None
+            if not self.climb(found, through.engine, disk, is_straight=through.is_straight, fence=through.fence):
+                return
 
     def climb(
         self,

@@ -32,11 +32,10 @@ from transfer.client.bound_slots import CPU, BoundTable, ring
 from transfer.client.catalogue import Assembler, Catalogue, windows
 from transfer.client.control_plane import ControlPlane
 from transfer.client.engine_lease import EngineLease
-from transfer.client.ladder import Ladder
+from transfer.client.ladder import Ladder, Reach
 from transfer.client.last_resort import LastResort
 from transfer.client.report import Tally
 from transfer.client.surroundings import Surroundings
-from transfer.client.whereabouts import Search
 from transfer.errors import CheckpointError, RestoreError
 from transfer.slots.staging import Staging
 from transfer.slots.whole import offsets_of, whole_blocks
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
 WINDOW_NBYTES = 1 << 30
 AHEAD = 2  # windows under way while one is handed out: one begins while another ends
-PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
 VERIFY_THREADS_MAX = 16  # a checksum reaches the memory's speed before that
 MISSING_SHOWN = 3
 
@@ -191,11 +189,13 @@ class Loader:
         missing = list(catalogue.parts)
         if device == CPU and (attachment := self._around.segment.attachment) is not None:
             wrong: list[int] = []
+            here: set[int] = set()
             for row, block in self._in_place(attachment, missing, wrong):
+                here.add(row)
                 count.add(SourceKind.LOCAL, block.nbytes)
                 yield from count.each(assembler.add(row, block))
-            self._tell(manifest, {None: wrong}, count.tally)
-            here = set(attachment.held(missing)) - set(wrong)
+            if wrong:
+                self._tell(manifest, {None: wrong}, count.tally)
             missing = [row for row in missing if row not in here]
         self._prepare(manifest, missing, device, count.tally)
         bring = partial(self._bring, manifest, device)
@@ -266,38 +266,22 @@ class Loader:
         if attachment is not None and bound.device != CPU:
             tally.attempt(bound.page_lock, attachment)
             ladder.climb_local(attachment, held)
-        for attempt in range(PEER_PASSES_MAX):
-            if not ladder.missing:
-                return
-            search = Search(
-                self._control,
-                bound.manifest,
-                self._around.content,
-                own=self._around.node,
-                bad=held,
-                tried=ladder.tried,
-                note=tally.note,
-            )
-            found = search.run(ladder.missing)
-            with self._starting:
-                tally.attempt(self._lease.start)
-            has_disk = attempt == 0 and self._disk.has_files
-            checkpoint = partial(self._checkpoint_of, bound.manifest) if has_disk else None
-            fence = self._lease.fence
-            if not ladder.climb(found, self._lease.engine, checkpoint, is_straight=False, fence=fence):
-                return
+        checkpoint = partial(self._checkpoint_of, bound.manifest) if self._disk.has_files else None
+        ladder.climb_all(partial(self._around.find, held, tally), partial(self._reach, tally), checkpoint)
+
+    def _reach(self, tally: Tally) -> Reach:
+        with self._starting:
+            tally.attempt(self._lease.start)
+        return Reach(self._lease.engine, self._lease.fence)
 
     def _checkpoint_of(self, manifest: Manifest) -> PinnedCheckpoint:
         with self._reading:
             return self._disk.of(manifest, self._around.content)
 
     def _tell(self, manifest: Manifest, wrong: Mapping[str | None, Sequence[int]], tally: Tally) -> None:
-        """Tell who keeps wrong blocks: the node looks at them, and mends them."""
-        content = self._around.content.digest
         for node, rows in wrong.items():
-            if rows and content is not None:
-                tally.note(f"{len(rows)} blocks were wrong in the memory of {node or 'this host'}")
-                self._control.doubt(node, content, [manifest.keys[row] for row in rows])
+            tally.note(f"{len(rows)} blocks were wrong in the memory of {node or 'this host'}")
+        self._around.tell_who_was_wrong(manifest, wrong)
 
     # -- from files ------------------------------------------------------------------------------------------
 

@@ -20,20 +20,18 @@ from transfer.client.bound_slots import CPU, BoundSlots, check_not_moved, device
 from transfer.client.control_plane import ControlPlane
 from transfer.client.engine_lease import EngineLease
 from transfer.client.evidence import UNPROVED, Evidence, HowMuch, Lost
-from transfer.client.ladder import Ladder
+from transfer.client.ladder import Ladder, Reach
 from transfer.client.last_resort import LastResort
 from transfer.client.local_segment import LocalSegment
 from transfer.client.registration import Registration
 from transfer.client.report import FailedExpert, Progress, ProofReport, SlotReport, Tally
 from transfer.client.surroundings import Surroundings
-from transfer.client.whereabouts import Search
 from transfer.engine import DisposableEngine
 from transfer.errors import EngineError, RestoreError
 from transfer.push.table import consumer_document
 from transfer.slots import Slots
 
 CONSUMER_TTL_S = 300.0
-PEER_PASSES_MAX = 3  # rounds of asking where blocks are: a node that was restarted has another session
 
 _log = logging.getLogger("hotspare.restorer")
 
@@ -264,7 +262,7 @@ class Restorer:
         barred = self._barred(bound, rows, tally)
         ladder = Ladder(bound, [row for row in rows if row not in barred], tally)
         tally.attempt(self._climb, ladder, bound, tally)
-        self._tell_who_was_wrong(ladder, bound)
+        self._around.tell_who_was_wrong(bound.manifest, ladder.wrong)
         ladder.missing.update(barred)
         missing = {bound.manifest.keys[row]: reasons for row, reasons in ladder.missing.items()}
         return tally.finish(_failures(slots, missing))
@@ -275,32 +273,12 @@ class Restorer:
         bound.memory.follow(wait=self._is_straight)
         if attachment is not None:
             ladder.climb_local(attachment, held)
-        for attempt in range(PEER_PASSES_MAX):
-            if not ladder.missing:
-                break
-            search = Search(
-                self._control,
-                bound.manifest,
-                self._around.content,
-                own=self._around.node,
-                bad=held,
-                tried=ladder.tried,
-                note=tally.note,
-            )
-            found = search.run(ladder.missing)
-            self._open_engine(tally)
-            has_disk = attempt == 0 and self._disk.is_given
-            checkpoint = partial(self._disk.of, bound.manifest, self._around.content) if has_disk else None
-            is_straight = self._is_straight and self._lease.has_registered
-            engine, fence = self._lease.engine, self._lease.fence
-            if not ladder.climb(found, engine, checkpoint, is_straight=is_straight, fence=fence):
-                break
+        checkpoint = partial(self._disk.of, bound.manifest, self._around.content) if self._disk.is_given else None
+        ladder.climb_all(partial(self._around.find, held, tally), partial(self._reach, tally), checkpoint)
 
-    def _tell_who_was_wrong(self, ladder: Ladder, bound: BoundSlots) -> None:
-        content = self._around.content.digest
-        for node, rows in ladder.wrong.items():
-            if content is not None:
-                self._control.doubt(node, content, [bound.manifest.keys[row] for row in rows])
+    def _reach(self, tally: Tally) -> Reach:
+        self._open_engine(tally)
+        return Reach(self._lease.engine, self._lease.fence, self._is_straight and self._lease.has_registered)
 
     # -- what speaks for the slots ---------------------------------------------------------------------------
 

@@ -5,17 +5,21 @@ All of them are asked for one model, and for one content of it once slots were b
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
+
 from shm.attachment import Attachment
 from shm.errors import HotspareError
 from shm.manifest import Manifest
 from transfer.client.control_plane import ControlPlane
+from transfer.client.ladder import Ladder
 from transfer.client.last_resort import LastResort
 from transfer.client.local_segment import LocalSegment
 from transfer.client.pinned_content import PinnedContent
 from transfer.client.report import Tally
-from transfer.client.whereabouts import URLS_ASKED_MAX, recorded
+from transfer.client.whereabouts import URLS_ASKED_MAX, Search, recorded
 from transfer.engine import session_host
 from transfer.errors import RestoreError
+from transfer.shard_map import Mapped
 from transfer.slots.mismatch import Reference
 from transfer.slots.table import SlotTable
 
@@ -83,6 +87,25 @@ class Surroundings:
                 return manifest
         checkpoint = tally.attempt(self._disk.named, self._model)
         return None if checkpoint is None else checkpoint.manifest
+
+    def find(self, bad: Collection[int], tally: Tally, ladder: Ladder) -> dict[int, Mapped]:
+        """Where what a ladder misses is worth reading; `bad` are rows that were wrong in this host's memory."""
+        search = Search(
+            self._control,
+            ladder.manifest,
+            self.content,
+            own=self.node,
+            bad=bad,
+            tried=ladder.tried,
+            note=tally.note,
+        )
+        return search.run(ladder.missing)
+
+    def tell_who_was_wrong(self, manifest: Manifest, wrong: Mapping[str | None, Iterable[int]]) -> None:
+        """Tell each node, by its id, None for this host's, which rows were read wrong there: it looks, and mends."""
+        for node, rows in wrong.items():
+            if self.content.digest is not None:
+                self._control.doubt(node, self.content.digest, [manifest.keys[row] for row in rows])
 
     def references(self, table: SlotTable, tally: Tally) -> dict[int, Reference]:
         """Blocks as they should be: where they lie in this host's segment, else what nodes have on record of them."""

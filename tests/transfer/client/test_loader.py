@@ -170,6 +170,24 @@ def test_a_block_that_is_wrong_in_the_segment_comes_from_elsewhere(
         loader.load()
 
 
+def test_what_is_hidden_or_published_in_the_middle_of_a_load_is_handed_out_once(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept]
+) -> None:
+    directory = tiny_checkpoint("qwen3_moe")
+    kept = keep(directory)
+    recorded = kept.segment.checksum(7)
+    kept.segment.quarantine(7)
+    loaded: dict[str, torch.Tensor] = {}
+    with kept.loader(directory) as loader:
+        for name, tensor in loader.tensors():
+            if not loaded:  # of the first block, which is hidden after that
+                kept.segment.quarantine(0)
+                kept.segment.publish(7, recorded)
+            assert name not in loaded
+            loaded[name] = tensor
+    assert differing(loaded, content_of(directory)) == []
+
+
 def test_files_of_other_weights_than_the_nodes_keep_are_loaded_alone(
     tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
