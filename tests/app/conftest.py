@@ -18,6 +18,7 @@ from app.api.application import create_app
 from app.api.context import Context
 from app.api.server import make_server
 from app.settings import Settings
+from tests.clocks import Clock
 from transfer.engine import MooncakeEngine
 
 DEADLINE_S = 30.0
@@ -175,3 +176,8 @@ def odd_peer() -> Iterator[Callable[[], OddPeer]]:
     yield make
     for each in made:
         each.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

@@ -37,7 +37,6 @@ class Catalogue:
         """Manifest row → what is wanted of the block; blocks of which nothing is are left out."""
         self.shares: dict[str, int] = defaultdict(int)
         """Fused tensor → how many shares it has."""
-        self.nbytes = 0
         asked: dict[str, bool] = {}
         for row, key in enumerate(manifest.keys):
             parts = []
@@ -48,14 +47,12 @@ class Catalogue:
                     asked[name] = wanted(name)
                 if asked[name]:
                     parts.append(Part(name, template, key.expert if is_share else None))
-                    self.nbytes += template.nbytes
                     if is_share:
                         self.shares[name] += 1
             if parts:
                 self.parts[row] = tuple(parts)
-        self.names: frozenset[str] = frozenset(name for name, is_wanted in asked.items() if is_wanted)
         self.all_names: frozenset[str] = frozenset(asked)
-        """Those that are not wanted, too."""
+        """Of tensors that are not wanted, too."""
 
 
 class Assembler:

@@ -11,27 +11,16 @@ from typing import Any
 
 import pytest
 
-from app.cluster.placement import Placement
 from app.node.guard import Guard
 from app.node.holding import Holding
 from app.node.node import Node
-from app.node.proofs import Proofs
 from app.restores.store import ALL_KINDS
 from shm import ExpertKey, attach
 from shm.errors import SegmentBusy
 from shm.layout import HEADER_NBYTES, SegmentName, copy_offset
-from shm.manifest import Manifest
 from shm.segment import Segment
 
 Blocks = Mapping[ExpertKey, bytes]
-
-
-@pytest.fixture
-def holding(sealed: Callable[..., Segment], make_manifest: Callable[..., Manifest]) -> Holding:
-    manifest = make_manifest()
-    placement = Placement.compute(manifest, ("n0",), 1)
-    segment = sealed("n0", manifest)
-    return Holding("n0", segment, manifest, placement, bytes(16), None, Proofs(len(manifest)), ())
 
 
 def spoil(path: Path, *places: int) -> None:

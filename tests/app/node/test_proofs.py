@@ -6,21 +6,9 @@ import numpy as np
 import pytest
 
 from app.node.proofs import Proofs
+from tests.clocks import Clock
 
 ROWS = np.array([0, 2, 3])
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1003.5
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -11,26 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.cluster.placement import Placement
 from app.errors import Conflict
 from app.node.holding import Holding
-from app.node.proofs import Proofs
 from app.node.scrubber import FIRST_RATE, IDLE_S, RATE_MIN, TURN_S_MIN, WITHIN_S, Scrubber
 from app.restores.store import ALL_KINDS
 from shm import ExpertKey, attach
 from shm.checksum import checksum
-from shm.manifest import Manifest
 from shm.segment import Segment
+from tests.clocks import Clock
 
 Blocks = Mapping[ExpertKey, bytes]
-
-
-@pytest.fixture
-def holding(sealed: Callable[..., Segment], make_manifest: Callable[..., Manifest]) -> Holding:
-    manifest = make_manifest()
-    placement = Placement.compute(manifest, ("n0",), 1)
-    segment = sealed("n0", manifest)
-    return Holding("n0", segment, manifest, placement, bytes(16), None, Proofs(len(manifest)), ())
 
 
 class Mended(list[ExpertKey]):
@@ -41,19 +31,6 @@ class Mended(list[ExpertKey]):
 @pytest.fixture
 def mended() -> Mended:
     return Mended()
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1003.5
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

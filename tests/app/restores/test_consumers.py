@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.errors import Conflict, LimitReached, NotFound
 from app.restores.consumers import CONSUMERS_MAX, ConsumerStore
 from app.restores.pushes import PUSHES_MAX
+from tests.clocks import Clock
 from tests.processes import DEADLINE_S, pause
 from transfer.push.table import FormCopy, PushTable, SlotBases
 
@@ -408,25 +409,12 @@ def test_a_node_that_wakes_up_writes_to_nobody_who_was_told_that_nothing_writes_
 # -- the store -------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def table(make_manifest: Callable[..., Any]) -> PushTable:
     manifest = make_manifest()
     return PushTable.build(
         manifest, "127.0.0.1:9", [(4096, 100)], [[FormCopy(0, 0, 0, 1, 10, 10, 10)]], [SlotBases(0, 0, 0, (4096,))]
     )
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -12,22 +12,10 @@ from app.errors import Conflict, NotFound
 from app.restores.consumers import ConsumerStore
 from app.restores.lease import LEASE_S, MARGIN_S, Grants, Lease, LeaseEnded, boot_time
 from shm.manifest import Manifest
+from tests.clocks import Clock
 from transfer.push.table import FormCopy, PushTable, SlotBases
 
 START = 1003.5
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = START
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -31,8 +31,9 @@ def everything(_: str) -> bool:
 def test_names_are_the_checkpoints_own() -> None:
     catalogue = Catalogue(mixed(), lambda name: "experts" in name)
     fused = FUSED.replace("{layer}", "1")
-    assert catalogue.names == {fused, *(f"model.layers.1.mlp.experts.{expert}.bias" for expert in range(EXPERTS))}
-    assert catalogue.all_names - catalogue.names == {"model.layers.1.norm"}
+    names = {part.name for parts in catalogue.parts.values() for part in parts}
+    assert names == {fused, *(f"model.layers.1.mlp.experts.{expert}.bias" for expert in range(EXPERTS))}
+    assert catalogue.all_names - names == {"model.layers.1.norm"}
     assert catalogue.shares == {fused: EXPERTS}
     assert len(catalogue.parts) == EXPERTS, "the norm's block is not needed"
 
