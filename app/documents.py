@@ -155,6 +155,7 @@ class MappedDense(Document):
 
 class ShardMap(Document):
     model: str
+    node_id: str = Field(description="The node that answers.")
     manifest_digest: str
     content_digest: str
     revision: str

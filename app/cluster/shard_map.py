@@ -2,56 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from app.cluster.cluster import Cluster
-from shm.block import DENSE
+from shm.block import DENSE, ExpertKey
 from shm.errors import BlockUnavailable
 from shm.manifest import Manifest
 
 
-def select(manifest: Manifest, layer: int | None, expert: int | None) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Manifest rows of one layer, one expert number, or both. Raises BlockUnavailable if there are none."""
+def select(
+    manifest: Manifest, layer: int | None = None, expert: int | None = None, blocks: Sequence[ExpertKey] = ()
+) -> list[int]:
+    """Manifest rows of one layer, of one expert number, or of these blocks: of what all of these agree on, ascending.
+
+    Raises BlockUnavailable if there are none, or the model lacks one of `blocks`.
+    """
+    named = [manifest.index(*key) for key in blocks]
     chosen = np.ones(len(manifest), dtype=bool)
+    if named:
+        chosen[:] = False
+        chosen[named] = True
     for column, value in (("layer", layer), ("expert", expert)):
         if value is not None:
             chosen &= manifest.rows[column] == value
     if not chosen.any():
         asked = " ".join(f"{n} {v}" for n, v in (("layer", layer), ("expert", expert)) if v is not None)
         raise BlockUnavailable(f"{manifest.model} keeps no block of {asked}")
-    return np.flatnonzero(chosen)
+    rows: list[int] = np.flatnonzero(chosen).tolist()
+    return rows
 
 
-def cluster_replicas(cluster: Cluster) -> Iterator[dict[int, tuple[str, dict[str, Any]]]]:
-    """The same of every peer that is not unreachable."""
-    for node_id, held in cluster.holdings().items():
-        yield {
-            row: (checksum.hex(), {"node_id": node_id, "session_id": held.session_id, "address": address})
-            for row, (address, checksum) in held.blocks.items()
-        }
+class Holder(NamedTuple):
+    """A node, the session that its memory is read in, and what it has: manifest row → (address there, xxh3-128)."""
+
+    node_id: str
+    session_id: str
+    blocks: Mapping[int, tuple[int, bytes]]
+
+
+def holders(cluster: Cluster) -> list[Holder]:
+    """Every peer that is not unreachable."""
+    return [Holder(node_id, held.session_id, held.blocks) for node_id, held in cluster.holdings().items()]
 
 
 def entries(
-    manifest: Manifest, rows: Iterable[int], replicas: Iterable[Mapping[int, tuple[str, dict[str, Any]]]]
+    manifest: Manifest, rows: Iterable[int], held_by: Sequence[Holder]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The map's `experts` and `dense`; a block that nobody has published is left out.
 
     A replica whose checksum is not that of the first is left out too: it is of other content.
     """
     experts, dense = [], []
-    sources = list(replicas)
     for row in rows:
-        found = [block for source in sources if (block := source.get(row)) is not None]
+        found = [(holder, *holder.blocks[row]) for holder in held_by if row in holder.blocks]
         if not found:
             continue
         layer, expert = manifest.keys[row]
+        right = found[0][2]
         entry = {
             "nbytes": int(manifest.nbytes[row]),
-            "checksum": found[0][0],
-            "replicas": [where for checksum, where in found if checksum == found[0][0]],
+            "checksum": right.hex(),
+            "replicas": [
+                {"node_id": holder.node_id, "session_id": holder.session_id, "address": address}
+                for holder, address, checksum in found
+                if checksum == right
+            ],
         }
         if expert == DENSE:
             dense.append({"layer": None if layer == DENSE else layer, **entry})

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 
@@ -73,24 +72,14 @@ class Holding:
         """Whether the block was published here once: then its checksum is on record."""
         return self.segment.checksum(row) != UNKNOWN_CHECKSUM
 
-    def held(self, rows: Iterable[int]) -> dict[int, HeldBlock]:
-        """Of these rows those that are published, where they lie in the memory that is open to the transfer engine."""
+    def held(self, rows: Iterable[int] | None = None) -> dict[int, HeldBlock]:
+        """Of these rows, or all, those that are published, where they lie in the memory that is open to the engine."""
         is_view = set(self.registered) <= set(self.segment.served_ranges())
-        asked = tuple(rows)
+        asked = range(len(self.manifest)) if rows is None else tuple(rows)
         found = self.segment.served(asked) if is_view else self.segment.held(asked)
         if self.predecessor is not None:
             found |= self.predecessor.held(row for row in asked if row not in found)
         return found
-
-    def replicas(self, session_id: str) -> dict[int, tuple[str, dict[str, Any]]]:
-        """What is published here, as the shard map has it: row → (checksum in hex, where it is)."""
-        return {
-            row: (
-                block.checksum.hex(),
-                {"node_id": self.node_id, "session_id": session_id, "address": block.address},
-            )
-            for row, block in self.held(self.available().tolist()).items()
-        }
 
     def checks(self) -> dict[str, bool]:
         """What READY consists of. Looks at the object in /dev/shm as a reader does: about a millisecond."""

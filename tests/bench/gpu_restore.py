@@ -416,7 +416,9 @@ def remote_figures(
         assert isinstance(disposable, DisposableEngine)
         engine = disposable._engine  # what reads for the restorer, until it is thrown away
         assert isinstance(engine, MooncakeEngine)
-        found = restorer._control.shard_map(url, bound.manifest, restorer._around.content)
+        _, found = restorer._control.shard_map(
+            url, bound.manifest, restorer._around.content, range(len(bound.manifest))
+        )
         replicas = {row: next(r for r in mapped.replicas if r.node_id == "node-1") for row, mapped in found.items()}
         session_id = replicas[0].session_id
         into = torch.ones(figures.nbytes + (64 << 20), dtype=torch.uint8)

@@ -129,6 +129,16 @@ def test_the_map_is_filtered(trio: Trio, query: str, count: int) -> None:
     assert all(each[key] == value for each in experts for key, value in asked.items())
 
 
+def test_the_map_has_the_blocks_that_are_named(trio: Trio) -> None:
+    named = trio["a"].get("/v1/shard-map?block=5.12&block=3.7&block=3.7")
+    assert [(e["layer"], e["expert"]) for e in named["experts"]] == [(3, 7), (5, 12)]
+    assert named["experts"] == [e for e in trio["a"].get("/v1/shard-map")["experts"] if e in named["experts"]]
+    assert named["node_id"] == "a"
+    assert [
+        (e["layer"], e["expert"]) for e in trio["a"].get("/v1/shard-map?block=5.12&block=3.7&layer=3")["experts"]
+    ] == [(3, 7)]
+
+
 def test_every_node_lists_all_nodes(trio: Trio) -> None:
     for name, daemon in trio.items():
         nodes = Nodes.model_validate(daemon.get("/v1/nodes")).nodes
@@ -184,7 +194,16 @@ def test_what_has_not_changed_is_not_sent_again(trio: Trio, path: str) -> None:
 
 
 def test_other_filters_and_scopes_have_other_tags(trio: Trio) -> None:
-    queries = ("", "?scope=node", "?layer=3", "?expert=3", "?layer=3&expert=3", "?scope=node&layer=3")
+    queries = (
+        "",
+        "?scope=node",
+        "?layer=3",
+        "?expert=3",
+        "?layer=3&expert=3",
+        "?scope=node&layer=3",
+        "?block=3.3",
+        "?block=3.4",
+    )
     tags = {trio["a"].ask("GET", f"/v1/shard-map{query}").headers["etag"] for query in queries}
     assert len(tags) == len(queries)
 
@@ -198,6 +217,8 @@ def test_other_filters_and_scopes_have_other_tags(trio: Trio) -> None:
         "/v1/shard-map?layer=0",
         "/v1/shard-map?layer=3&expert=13",
         "/v1/shard-map?expert=2147483647",
+        "/v1/shard-map?block=3.7&block=3.13",
+        "/v1/shard-map?block=3.7&layer=4",
         "/v1/restores/nothing",
         "/v1/restores/nothing/events",
         "/v1/nope",
@@ -210,12 +231,27 @@ def test_what_is_not_there_is_a_404(trio: Trio, path: str) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["layer=-1", "expert=-1", "layer=x", "layer=1.5", "scope=everywhere", "layer=2147483648", "layer="],
+    [
+        "layer=-1",
+        "expert=-1",
+        "layer=x",
+        "layer=1.5",
+        "scope=everywhere",
+        "layer=2147483648",
+        "layer=",
+    ],
 )
 def test_a_query_out_of_its_limits_is_a_422_that_names_it(trio: Trio, query: str) -> None:
     errors = problem(trio["a"].ask("GET", f"/v1/shard-map?{query}"), 422).errors
     assert errors is not None
     assert [(e.location, e.field) for e in errors] == [("query", query.split("=")[0])]
+
+
+@pytest.mark.parametrize("block", ["3", "3.7.1", "-1.3", "9999999999.3", "", "٣.7", "3.7x"])
+def test_a_block_that_none_can_be_called_is_a_422_that_names_it(trio: Trio, block: str) -> None:
+    errors = problem(trio["a"].ask("GET", f"/v1/shard-map?block=3.7&block={block}"), 422).errors
+    assert errors is not None
+    assert [(e.location, e.field) for e in errors] == [("query", "block.1")]
 
 
 @pytest.mark.parametrize(

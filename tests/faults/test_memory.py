@@ -145,7 +145,7 @@ os.unlink("/dev/shm/hotspare.small.moe.n0")
 wait_until(lambda: context.node.shortage)
 assert "in place of the one that lost its name" in context.node.shortage
 assert not ready(context) and os.listdir("/dev/shm") == []
-assert len(context.node.holding.replicas("s:1")) == 39, "peers read on"
+assert len(context.node.holding.held()) == 39, "peers read on"
 os.system("mount -o remount,size=32m /dev/shm")
 wait_until(lambda: ready(context))
 assert held() == expected

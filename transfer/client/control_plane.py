@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from transfer.shard_map import Mapped, read_shard_map, read_text
 TOKEN_VARIABLE = "HOTSPARE_TOKEN"
 URLS_MAX = 1024  # nodes remembered
 ASK_THREADS_MAX = 16
+BLOCKS_ASKED_MAX = 256  # by name, in one request: what nodes take
 
 
 class NodeAccount(NamedTuple):
@@ -101,11 +102,14 @@ class ControlPlane:
             raise NodeUnreachable(f"{url} does not answer like a Hotspare node: its nodes are no list of objects")
         return nodes
 
-    def silent(self, node_ids: Iterable[str]) -> set[str]:
+    def silent(self, node_ids: Collection[str], told_by: str) -> set[str]:
         """Those of the nodes that are known not to answer now: asking takes ANSWER_TIMEOUT_S at most, all at once.
 
-        The transfer engine would wait a minute for the first word of a process that is stopped.
+        `told_by` is the URL that they were heard of from, which knows where they are. The transfer engine would wait a
+        minute for the first word of a process that is stopped.
         """
+        if not self._by_node.keys() >= set(node_ids):
+            self.learn(told_by)
         asked = sorted(node_ids)
         with ThreadPoolExecutor(ASK_THREADS_MAX, thread_name_prefix="hotspare-ask") as pool:
             return {node for node, silent in zip(asked, pool.map(self._is_silent, asked), strict=True) if silent}
@@ -148,16 +152,21 @@ class ControlPlane:
         path, limit = f"{url}/v1/manifest", MANIFEST_NBYTES_MAX
         return Manifest.from_json(self._http.document(path, timeout=DOCUMENT_TIMEOUT_S, nbytes_max=limit))
 
-    def shard_map(self, url: str, manifest: Manifest, content: PinnedContent) -> dict[int, Mapped]:
-        """Manifest row → who has the block, as this node knows it.
+    def shard_map(
+        self, url: str, manifest: Manifest, content: PinnedContent, rows: Collection[int]
+    ) -> tuple[str, Mapping[int, Mapped]]:
+        """The id of the node that answers, and manifest row → who has the block, as it knows it.
 
-        Raises NodeUnreachable, RestoreError for a node of other content.
+        Of these rows at least: a whole map of a large model takes both sides half a second, so that few blocks are
+        asked for by name. Raises NodeUnreachable, RestoreError for a node of other content.
         """
+        blocks = [f"{layer}.{expert}" for layer, expert in map(manifest.keys.__getitem__, sorted(rows))]
+        is_whole = len(blocks) > BLOCKS_ASKED_MAX or any(not manifest.keys[row].is_expert for row in rows)
         document = self._http.document(
             f"{url}/v1/shard-map",
-            params={"scope": "cluster"},
+            params={"scope": "cluster"} if is_whole else {"scope": "cluster", "block": blocks},
             timeout=DOCUMENT_TIMEOUT_S,
-            nbytes_max=map_nbytes_max(len(manifest)),
+            nbytes_max=map_nbytes_max(len(manifest) if is_whole else len(blocks)),
         )
         if document.get("manifest_digest") != manifest.digest:
             raise NodeUnreachable(
@@ -167,6 +176,6 @@ class ControlPlane:
             raise NodeUnreachable(f"{url} does not answer like a Hotspare node: its map names no content")
         content.agree(digest, url)
         try:
-            return read_shard_map(document, manifest)
+            return _text(document, "node_id", url), read_shard_map(document, manifest)
         except ManifestError as error:
             raise NodeUnreachable(f"{url}: {error}") from error

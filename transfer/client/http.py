@@ -139,7 +139,7 @@ class NodeHttp:
         *,
         timeout: float = ANSWER_TIMEOUT_S,
         nbytes_max: int = ANSWER_NBYTES_MAX,
-        params: Mapping[str, str] | None = None,
+        params: Mapping[str, str | list[str]] | None = None,
     ) -> dict[str, Any]:
         """The JSON object at `url`. Raises NodeUnreachable or NodeRefused."""
         response = self.request("GET", url, timeout=timeout, nbytes_max=nbytes_max, params=params)

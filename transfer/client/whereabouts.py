@@ -23,12 +23,17 @@ class Nodes(Protocol):
         """Remember the nodes that this one knows; returns its own id. Raises HotspareError."""
         ...
 
-    def shard_map(self, url: str, manifest: Manifest, content: PinnedContent) -> Mapping[int, Mapped]:
-        """Manifest row → who has the block, as this node knows it. Raises HotspareError, also for other content."""
+    def shard_map(
+        self, url: str, manifest: Manifest, content: PinnedContent, rows: Collection[int]
+    ) -> tuple[str, Mapping[int, Mapped]]:
+        """This node's id, and who has which block, as it knows it: of these manifest rows at least.
+
+        Raises HotspareError, also for other content.
+        """
         ...
 
-    def silent(self, node_ids: Iterable[str]) -> set[str]:
-        """Those of the nodes that are known not to answer now."""
+    def silent(self, node_ids: Collection[str], told_by: str) -> set[str]:
+        """Those of the nodes that are known not to answer now; `told_by` is the URL that named them."""
         ...
 
 
@@ -43,13 +48,13 @@ def recorded(
             break
         url = nodes.urls[number]
         try:
-            nodes.learn(url)
-            told = nodes.shard_map(url, manifest, content)
+            _, told = nodes.shard_map(url, manifest, content, missing)
+            found = {row: mapped.checksum for row, mapped in told.items()} | found
+            missing.difference_update(found)
+            if missing:
+                nodes.learn(url)
         except HotspareError as error:
             note(str(error))
-            continue
-        found = {row: mapped.checksum for row, mapped in told.items()} | found
-        missing.difference_update(found)
     return found
 
 
@@ -85,26 +90,37 @@ class Search:
         for number in range(URLS_ASKED_MAX):
             if not missing or number == len(self._nodes.urls):
                 break
-            told = self._ask(number)
+            told = self._ask(number, missing)
+            if told is None:
+                continue
             for row in missing.intersection(told):
                 if replicas := tuple(r for r in told[row].replicas if self._is_worth(row, r)):
                     found[row] = told[row]._replace(replicas=replicas)
             missing.difference_update(found)
+            if missing:
+                self._meet_others(self._nodes.urls[number])
         return found
 
-    def _ask(self, number: int) -> Mapping[int, Mapped]:
+    def _meet_others(self, url: str) -> None:
+        try:
+            self._nodes.learn(url)
+        except HotspareError as error:
+            self._note(str(error))
+
+    def _ask(self, number: int, rows: Collection[int]) -> Mapping[int, Mapped] | None:
+        """What a node says of these rows; None where it does not answer."""
         url = self._nodes.urls[number]
         try:
-            self._heard.add(self._nodes.learn(url))
-            told = self._nodes.shard_map(url, self._manifest, self._content)
+            node_id, told = self._nodes.shard_map(url, self._manifest, self._content, rows)
+            self._heard.add(node_id)
+            named = {replica.node_id for mapped in told.values() for replica in mapped.replicas}
+            unknown = named - self._heard - self._silent
+            self._silent |= self._nodes.silent(unknown, url) if unknown else set()
         except HotspareError as error:
             self._note(str(error))
             if number == 0 and self._own is not None:
                 self._silent.add(self._own)
-            return {}
-        named = {replica.node_id for mapped in told.values() for replica in mapped.replicas}
-        unknown = named - self._heard - self._silent
-        self._silent |= self._nodes.silent(unknown) if unknown else set()
+            return None
         self._heard |= named - self._silent
         return told
 

@@ -30,6 +30,7 @@ from transfer.engine.protocol import (
     within_pieces,
 )
 from transfer.engine.unsent import ROUND_TRIP_S_MAX
+from transfer.engine.window import Window
 from transfer.errors import EngineMissing, EngineRefused, TransferFailed
 
 # Mooncake's own wait spins on a core, which a small host then lacks to move the bytes: asking now and then
@@ -42,9 +43,6 @@ GIVE_UP_SHARE = 0.9  # of Mooncake's own patience: who is first to cut the conne
 # For copies to end whose connections were cut: that takes milliseconds, or a second where one was just being made, and
 # within that an engine is dropped.
 HANG_UP_WAIT_S = 0.25
-IN_FLIGHT_PER_LANE = 2  # one that moves, and one behind it, so that no connection idles until we look
-SMALL_NBYTES = 64 << 10
-SMALL_PER_LANE = 32  # of which as many may be under way for each connection: what waits for one cannot be recalled
 CONTACT_S = 2.0  # for first contact: a few hundred bytes each way
 CONTACT_POLL_S = 0.02
 KNOCK_NBYTES = 64
@@ -69,24 +67,7 @@ class _Line:
     meeting: threading.Thread | None = None
     answered_at: float = -math.inf
     """When bytes last came."""
-    room: int = IN_FLIGHT_PER_LANE * TCP_LANES_PER_PEER * SMALL_PER_LANE
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def enter(self, nbytes: int) -> bool:
-        """Whether there is room for a copy of this size, which is taken then."""
-        with self.lock:
-            needed = _room_of(nbytes)
-            has_room = self.room >= needed
-            self.room -= needed if has_room else 0
-            return has_room
-
-    def leave(self, nbytes: int) -> None:
-        with self.lock:
-            self.room += _room_of(nbytes)
-
-
-def _room_of(nbytes: int) -> int:
-    return 1 if nbytes <= SMALL_NBYTES else SMALL_PER_LANE
+    window: Window = field(default_factory=Window)
 
 
 class _Sent(NamedTuple):
@@ -95,15 +76,12 @@ class _Sent(NamedTuple):
     number: int
     batch: int
     nbytes: int
+    begun_at: float
 
 
 @dataclass(slots=True)
 class _Course:
-    """How far the copies of one transfer are. No more are under way with a session than it has connections.
-
-    What waits for a connection inside Mooncake cannot be recalled: it takes the next one, a second later. Small copies
-    wait so briefly that many may.
-    """
+    """How far the copies of one transfer are. No more are under way with a session than its window lets in."""
 
     line: _Line
     watch: Watch
@@ -115,31 +93,34 @@ class _Course:
     def begin(self, way: _Way) -> bool:
         """Begin as many as there is room for; whether that was any, or nothing waits."""
         began = not self.waiting
-        while self.waiting and self.line.enter(self.waiting[0][1].nbytes):
+        while self.waiting and self.line.window.enter(self.waiting[0][1].nbytes):
             number, copy = self.waiting.popleft()
             began = True
             if batch := way.submit(copy):
-                self.under_way.append(_Sent(number, batch, copy.nbytes))
+                self.under_way.append(_Sent(number, batch, copy.nbytes, time.monotonic()))
             else:  # refused, and never under way
-                self.line.leave(copy.nbytes)
+                self.line.window.leave(copy.nbytes)
                 self.lost.add(number)
         return began
 
     def end(self, code: int) -> None:
         """The one that was begun first has ended so, or is left."""
-        number, _, nbytes = self.under_way.popleft()
-        self.line.leave(nbytes)
+        sent = self.under_way.popleft()
+        window = self.line.window
+        window.leave(sent.nbytes)
         if code == DONE:
-            self.watch.arrived_nbytes += nbytes
+            self.watch.arrived_nbytes += sent.nbytes
             self.line.answered_at = time.monotonic()
+            window.arrived(sent.nbytes, self.line.answered_at - sent.begun_at)
         else:
-            self.lost.add(number)
+            self.lost.add(sent.number)
             self.is_settled &= code not in (UNDER_WAY, TIMED_OUT)
+            window.narrow()
 
     def close(self) -> None:
         """Give up the room of what has not ended."""
         for each in self.under_way:
-            self.line.leave(each.nbytes)
+            self.line.window.leave(each.nbytes)
 
 
 class _Way(NamedTuple):

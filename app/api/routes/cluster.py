@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 import numpy as np
 import orjson
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import StringConstraints
 
 from app.api.caching import etag, not_modified
 from app.api.context import Context
@@ -30,10 +32,17 @@ from app.documents import (
 from app.errors import Unavailable
 from app.node.holding import Holding, proofs_of
 from app.node.node import NodeState
+from shm.block import ExpertKey
 
 router = APIRouter(prefix="/v1", tags=["cluster"])
 
 LayerFilter = Annotated[int | None, Query(ge=0, le=2**31 - 1, description="Only this layer.")]
+BLOCKS_ASKED_MAX = 256
+BlockName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}\.[0-9]{1,9}$")]
+BlockFilter = Annotated[
+    Sequence[BlockName],
+    Query(max_length=BLOCKS_ASKED_MAX, description="Only these, as LAYER.EXPERT: `block=3.7&block=3.8`."),
+]
 ExpertFilter = Annotated[int | None, Query(ge=0, le=2**31 - 1, description="Only this expert of each layer.")]
 
 
@@ -61,25 +70,29 @@ def get_shard_map(
     ] = "cluster",
     layer: LayerFilter = None,
     expert: ExpertFilter = None,
+    block: BlockFilter = (),
 ) -> Response:
     holding = _holding(context)
     manifest, revision = holding.manifest, holding.revision
     if scope == "cluster":
         known = f"{holding.node_id}={revision};{context.cluster.revision()}"
         revision = hashlib.sha256(known.encode()).hexdigest()[:16]
-    tag = etag(f"{scope}:{layer}:{expert}:{manifest.digest[:16]}:{revision}")
+    asked = hashlib.sha256(f"{scope}:{layer}:{expert}:{','.join(block)}".encode()).hexdigest()[:16]
+    tag = etag(f"{asked}:{manifest.digest[:16]}:{revision}")
     unchanged = not_modified(request, tag)
     if unchanged is not None:
         return unchanged
-    rows = shard_map.select(manifest, layer, expert).tolist()
+    blocks = [ExpertKey(*map(int, name.split("."))) for name in block]
+    rows = shard_map.select(manifest, layer, expert, blocks)
     session_id = context.node.engine.session_id if context.node.engine else ""
-    replicas = [holding.replicas(session_id)]
+    held_by = [shard_map.Holder(holding.node_id, session_id, holding.held(rows))]
     if scope == "cluster":
-        replicas.extend(shard_map.cluster_replicas(context.cluster))
-    experts, dense = shard_map.entries(manifest, rows, replicas)
+        held_by += shard_map.holders(context.cluster)
+    experts, dense = shard_map.entries(manifest, rows, held_by)
     body = orjson.dumps(
         {
             "model": manifest.model,
+            "node_id": holding.node_id,
             "manifest_digest": manifest.digest,
             "content_digest": holding.content_digest,
             "revision": revision,

@@ -97,11 +97,11 @@ def test_a_name_that_vanishes_is_told_and_taken_again_out_of_memory(
         assert answer.status_code == 503
         assert answer.json()["checks"]["attachable"] is False
         assert "there is no /dev/shm/" in answer.json()["detail"]
-        served = live.context.node.holding.replicas("s:1")
+        served = live.context.node.holding.held()
         restore = live.context.restores.start_local((), ALL_KINDS)
         assert restore.finished.wait(30)
         assert path.exists()
-        assert live.context.node.holding.replicas("s:1") == served, "peers read on where they were told"
+        assert live.context.node.holding.held() == served, "peers read on where they were told"
         restore = live.context.restores.start_local(None, ALL_KINDS)
         assert restore.finished.wait(30)
         assert is_ready(live)
@@ -112,7 +112,7 @@ def test_a_name_that_vanishes_is_told_and_taken_again_out_of_memory(
     assert (after["disk"], after["peer"]) == (before["disk"], before["peer"]), "no weight byte was read"
     assert after["local"] - before["local"] == sum(map(len, expected.values()))
     assert "is gone from /dev/shm" in caplog.text
-    assert set(live.context.node.holding.replicas("s:1")) == set(range(39))
+    assert set(live.context.node.holding.held()) == set(range(39))
     with pytest.raises(SegmentBusy):
         Segment.claim(SegmentName(namespace, "moe", "n"))
 

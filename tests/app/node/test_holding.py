@@ -106,11 +106,9 @@ def test_a_node_tells_only_what_it_has_published_and_where_others_may_read_it(
 ) -> None:
     context = live_node(checkpoint=moe_checkpoint).context
     holding = context.node.holding
-    assert holding.replicas("s:1") == {}
+    assert holding.held() == {}
     assert context.restores.start_local((ExpertKey(3, 7),), ["disk"]).finished.wait(30)
     segment, row = holding.segment, holding.manifest.index(3, 7)
     served = segment.served_address(row)
     assert served != segment.address(row), "the view that nobody can write through"
-    assert holding.replicas("s:1") == {
-        row: (segment.checksum(row).hex(), {"node_id": "n", "session_id": "s:1", "address": served})
-    }
+    assert holding.held() == {row: (served, segment.checksum(row))}

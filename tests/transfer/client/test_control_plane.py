@@ -71,14 +71,16 @@ def test_maps_and_manifests_that_make_no_sense_are_errors_of_ours(
     ask: Callable[..., Any], make_manifest: Callable[..., Manifest], odd: Any
 ) -> None:
     manifest = make_manifest()
-    right = {"manifest_digest": manifest.digest, "content_digest": "33" * 16, "experts": [], "dense": []}
+    right = {
+        "node_id": "n", "manifest_digest": manifest.digest, "content_digest": "33" * 16, "experts": [], "dense": [],
+    }  # fmt: skip
     for field in right:
         if field == "dense" and odd in ([], {}):
             continue
         if field == "experts" and odd in ([], {}):
             continue
         with pytest.raises(HotspareError):
-            ask(right | {field: odd}, lambda control, url: control.shard_map(url, manifest, PinnedContent()))
+            ask(right | {field: odd}, lambda control, url: control.shard_map(url, manifest, PinnedContent(), [0]))
     for field in manifest.to_json():
         with pytest.raises(HotspareError):
             ask(manifest.to_json() | {field: odd}, lambda control, url: control.manifest(url))

@@ -156,7 +156,7 @@ def test_a_transfer_that_was_given_up_on_costs_no_registration(
         os.unlink(nodes.segment(0))
         assert restorer.restore().bytes_by_source["peer"] > 0
         # It stops between our looking and our reading, a moment that cannot be hit from outside.
-        monkeypatch.setattr(restorer._control, "silent", lambda _: set())
+        monkeypatch.setattr(restorer._control, "silent", lambda *_: set())
         nodes.pause(1)
         assert restorer.restore().ok
         nodes.resume(1)

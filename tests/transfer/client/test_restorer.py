@@ -535,7 +535,7 @@ def test_what_a_peer_sends_after_it_timed_out_reaches_no_slot(
         os.unlink(nodes.segment(0))
         assert restorer.restore().bytes_by_source["peer"] > 0
         # It stops between our looking and our reading, a moment that cannot be hit from outside.
-        monkeypatch.setattr(restorer._control, "silent", lambda _: set())
+        monkeypatch.setattr(restorer._control, "silent", lambda *_: set())
         nodes.pause(1)
         rank.wipe()
         report = restorer.restore()

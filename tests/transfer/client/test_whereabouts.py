@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytest
@@ -27,18 +27,24 @@ class Nodes:
         self.maps = maps
         self.dead = set(dead)
         self.asked: list[str] = []
+        self.asked_for: list[set[int]] = []
+        self.learned: list[str] = []
         self.probed: list[str] = []
 
     def learn(self, url: str) -> str:
-        if url[-1] not in self.maps:
-            raise HotspareError(f"{url} is silent")
+        self.learned.append(url[-1])
         return url[-1]
 
-    def shard_map(self, url: str, manifest: Any, content: PinnedContent) -> Mapping[int, Mapped]:
+    def shard_map(
+        self, url: str, manifest: Any, content: PinnedContent, rows: Collection[int]
+    ) -> tuple[str, Mapping[int, Mapped]]:
+        if url[-1] not in self.maps:
+            raise HotspareError(f"{url} is silent")
         self.asked.append(url[-1])
-        return self.maps[url[-1]]
+        self.asked_for.append(set(rows))
+        return url[-1], self.maps[url[-1]]
 
-    def silent(self, node_ids: Iterable[str]) -> set[str]:
+    def silent(self, node_ids: Collection[str], told_by: str) -> set[str]:
         self.probed.extend(node_ids)
         return self.dead.intersection(node_ids)
 
@@ -52,12 +58,15 @@ def test_our_own_node_is_enough_where_it_knows_all() -> None:
     assert nodes_of(Search(nodes, MANIFEST, PinnedContent()).run([0, 1])) == {0: "ab", 1: "b"}
     assert nodes.asked == ["a"]
     assert sorted(nodes.probed) == ["b", "c"], "whoever just answered is not asked whether it lives"
+    assert nodes.learned == [], "nobody else is needed"
 
 
 def test_a_block_that_our_node_knows_on_a_dead_node_only_is_asked_of_the_others() -> None:
     nodes = Nodes({"a": {0: mapped("b"), 1: mapped("b", "c")}, "c": {0: mapped("b", "d"), 1: mapped("d")}}, dead="b")
     assert nodes_of(Search(nodes, MANIFEST, PinnedContent()).run([0, 1])) == {0: "d", 1: "c"}
     assert nodes.asked == ["a", "c"]
+    assert nodes.asked_for == [{0, 1}, {0}], "only what is still missing"
+    assert nodes.learned == ["a"]
 
 
 def test_one_that_was_read_from_in_vain_is_asked_of_the_others_too() -> None:
