@@ -73,7 +73,7 @@ _KINDS: Mapping[str, str] = {"": "weight", "weight_bias": "bias", "scale_inv": "
 _PROJECTION = r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj|w13|w1|w2|w3)(?:[._](?P<kind>\w+))?"
 _CHECKPOINT_NAME = re.compile(rf"(?:.*\.)?{_PROJECTION}(?:\[[^\]]*\])?")
 _EXPERT_NAME = re.compile(
-    r"(?P<stack>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?:(?P<expert>\d+)\..+|.+\[(?P<share>\d+)\])"
+    r"(?P<stack>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?:(?P<expert>\d+)\..+|.+\[\*?(?P<share>\d+)\])"
 )
 _EXPERTS_PARAMETER = re.compile(
     r"(?:.*\.)?experts\.(?:\d+\.)?(?:[a-z_]+\.)?(?:w13|w1|w2|w3|gate_up_proj|gate_proj|up_proj|down_proj)(?:[._].*)?"
