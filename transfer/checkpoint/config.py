@@ -45,20 +45,21 @@ class Shape:
     zero_experts: int = 0
     n_predicting: int = 0
     architecture: str = ""
+    source: str = CONFIG_NAME
 
     def check(self, grouping: Grouping) -> None:
         """Raise CheckpointError where names tell other numbers. Layers beyond ours are fine: they predict ahead."""
         if grouping.n_layers < self.n_layers:
             raise CheckpointError(
-                f"{CONFIG_NAME} says {self.n_layers} layers ({self.layers_key}), the tensors end with layer "
+                f"{self.source} says {self.n_layers} layers ({self.layers_key}), the tensors end with layer "
                 f"{grouping.n_layers - 1}: finish the download"
             )
         for layer, n_experts in grouping.n_experts.items():
             if self.n_experts and n_experts not in self._counts(layer):
                 says = ", ".join(map(str, sorted(set(self.n_experts))))
                 raise CheckpointError(
-                    f"{CONFIG_NAME} says {says} experts ({self.experts_key}), layer {layer} has {n_experts}: finish "
-                    f"the download if files are missing, else put the checkpoint's own {CONFIG_NAME} there"
+                    f"{self.source} says {says} experts ({self.experts_key}), layer {layer} has {n_experts}: finish "
+                    f"the download if files are missing, else put the checkpoint's own {self.source} there"
                 )
 
     def _counts(self, layer: int) -> set[int]:
@@ -75,6 +76,7 @@ def read_config(path: Path) -> Shape:
     """The shape of the largest stack that has experts, wherever the configuration nests it. Raises CheckpointError."""
     config = read_json(path)
     largest = max(_shapes(config, config), key=lambda shape: shape.n_layers, default=Shape())
+    largest = replace(largest, source=path.name)
     names = config.get("architectures")
     first = names[0] if isinstance(names, list) and names else config.get("model_type")
     return replace(largest, architecture=first) if isinstance(first, str) else largest
