@@ -131,14 +131,16 @@ class _Sorter:
         if parts is None:
             self.dense.append(tensor)
             return
+        group = self.found[parts.head.stack, parts.head.number][parts.head.rest]
+        if parts.expert is not None:
+            group.numbered[parts.expert].append((tensor, parts))
+            return
         self._refuse_unknown(tensor, parts)
-        if not parts.is_experts(tensor):
+        if parts.is_experts(tensor):
+            group.fused.append((tensor, parts))
+        else:
             self._note(f"{pattern_of(tensor.name)} lies among experts and is none's: dense")
             self.dense.append(tensor)
-            return
-        group = self.found[parts.head.stack, parts.head.number][parts.head.rest]
-        where = group.fused if parts.expert is None else group.numbered[parts.expert]
-        where.append((tensor, parts))
 
     def _refuse_unknown(self, tensor: StoredTensor, parts: AmongExperts) -> None:
         what = refused_as(tensor.name)
@@ -241,7 +243,8 @@ class _Sorter:
                 "finish the download if files are missing; experts that were pruned away must be numbered anew"
             )
         names = {expert: frozenset(at.rest for _, at in group.numbered[expert]) for expert in range(count)}
-        sets = {expert: frozenset(map(_projection, rests)) for expert, rests in names.items()}
+        made = {rests: frozenset(map(_projection, rests)) for rests in set(names.values())}
+        sets = {expert: made[rests] for expert, rests in names.items()}
         usual = Counter(sets.values()).most_common(1)[0][0]
         for expert in range(count - self.zero_experts if self.zero_experts < count else count):
             if lacks := usual - sets[expert]:

@@ -64,6 +64,7 @@ def test_every_tensor_comes_out_by_name_and_each_experts_with_its_expert(
     assert {layer: count for layer, count in layers.items() if count} == layout.layers
     with kept.loader(bare) as loader:
         assert differing(loader.load(), right) == []
+        assert loader.report.tensors == len(right), "each once"
     found = experts_of(kept)
     assert found.keys() == layout.own.keys() | layout.fused.keys() | layout.common.keys()
     for name, by_expert in found.items():
