@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shm import posix
-from shm.block import DENSE, ExpertKey, HeldBlock, TensorTemplate, fill_template
+from shm.block import COMMON, DENSE, SHARE, ExpertKey, HeldBlock, TensorTemplate, fill_template, whole_name
 from shm.checksum import checksum
 from shm.errors import (
     BlockUnavailable,
@@ -79,15 +79,19 @@ def shaped(flat: torch.Tensor, template: TensorTemplate) -> torch.Tensor:
 
 
 class ExpertTensors(dict[str, "torch.Tensor"]):
-    """Checkpoint name → tensor of one expert. The slice of a fused tensor also answers to `<name>[<expert>]`."""
+    """Checkpoint name → tensor of one expert. The slice of a fused tensor also answers to `<name>[<expert>]`, what all
+    experts of a layer have in common to `<name>[*<expert>]`.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], expert: int) -> None:
         super().__init__(tensors)
-        self._suffix = f"[{expert}]"
+        self._key = ExpertKey(DENSE, expert)
 
     def __missing__(self, name: str) -> torch.Tensor:
-        if name.endswith(self._suffix) and name.removesuffix(self._suffix) in self:
-            return self[name.removesuffix(self._suffix)]
+        for suffix in (SHARE, COMMON):
+            whole = name.removesuffix(fill_template(suffix, self._key))
+            if whole != name and whole in self:
+                return self[whole]
         raise KeyError(name)
 
 
@@ -292,8 +296,7 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         row = self.manifest.index(layer, expert)
         key, offset = self.manifest.keys[row], self._offset(row)
         tensors = {
-            fill_template(t.name.removesuffix("[{expert}]"), key): self._tensor(offset, t)
-            for t in self.manifest.schema(row).tensors
+            fill_template(whole_name(t.name), key): self._tensor(offset, t) for t in self.manifest.schema(row).tensors
         }
         return ExpertTensors(tensors, expert)
 

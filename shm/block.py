@@ -18,6 +18,12 @@ NBYTES_MAX = 1 << 48
 DENSE = -1
 """The `expert` of a block that holds a layer's dense tensors, and the `layer` of those outside any layer."""
 
+SHARE = "[{expert}]"
+"""What the name of one expert's share of a fused tensor ends with."""
+
+COMMON = "[*{expert}]"
+"""What the name of a tensor ends with that all experts of a layer have in common: each one's block has all of it."""
+
 # Bits an element, by the dtype names of the safetensors format.
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -112,6 +118,11 @@ def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
 def fill_template(template: str, key: ExpertKey) -> str:
     """The tensor's name in the block of `key`."""
     return template.replace("{layer}", str(key.layer)).replace("{expert}", str(key.expert))
+
+
+def whole_name(template: str) -> str:
+    """The name that the checkpoint has for what a block has all of, or a share of."""
+    return template.removesuffix(SHARE).removesuffix(COMMON)
 
 
 def schema_of(entries: Sequence[TensorEntry]) -> BlockSchema:

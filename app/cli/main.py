@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from app.cli import failure
-from app.cli.commands import demo, restore, segments, serve, status, synth
+from app.cli.commands import demo, inspect, restore, segments, serve, status, synth
 from app.terminal import streams
 
 cli = typer.Typer(
@@ -47,6 +47,7 @@ cli.command(short_help="Start a restore and watch it.")(restore.restore)
 cli.command(short_help="List this host's segments.")(segments.ls)
 cli.command(short_help="Remove segments that nobody owns.")(segments.rm)
 cli.command(short_help="Check every block against its checksum.")(segments.verify)
+cli.command(short_help="Say what a checkpoint has, and what of it is left out.")(inspect.inspect)
 cli.command(short_help="Write a checkpoint to try things with.")(synth.synth)
 cli.command(short_help="Three nodes, a kill, a restore: all on this machine.")(demo.demo)
 

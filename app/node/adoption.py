@@ -31,7 +31,12 @@ class OwnCheckpoint:
         self._pinned: PinnedCheckpoint | None = None
 
     def _read(self, directory: Path) -> Checkpoint:
-        return read_checkpoint(str(directory), self._model, self._include)
+        checkpoint = read_checkpoint(str(directory), self._model, self._include)
+        for name, why in checkpoint.left_out.items():
+            _log.warning("%s is left out: %s", directory / name, why)
+        for note in checkpoint.notes:
+            _log.warning("%s: %s", directory, note)
+        return checkpoint
 
     def pinned(self, segment: Segment) -> PinnedCheckpoint | None:
         """The directory as it is now, beside a segment that may have been filled from it; None without one.

@@ -32,6 +32,12 @@ _VISION = {
     "hidden_size": 32, "intermediate_size": 40, "depth": 2, "num_heads": 2, "out_hidden_size": 48,
     "num_position_embeddings": 16, "deepstack_visual_indexes": [],
 }  # fmt: skip
+_TOWERS = {
+    "step3p7": {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4},
+    "ernie4_5_vl_moe": {
+        "hidden_size": 32, "intermediate_size": 40, "depth": 1, "num_heads": 2, "in_channels": 3, "patch_size": 4,
+    },
+}  # fmt: skip
 
 # name → (config class, model class, arguments)
 TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -48,6 +54,86 @@ TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", _LINEAR),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _LINEAR),
+    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", {"num_local_experts": 5}),
+    "aria_text": ("AriaTextConfig", "AriaTextForCausalLM", {"moe_num_experts": 5}),
+    "laguna": (
+        "LagunaConfig",
+        "LagunaForCausalLM",
+        {"num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    ),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        "LongcatFlashForCausalLM",
+        {
+            **_LATENT,
+            "num_layers": 2,
+            "ffn_hidden_size": 56,
+            "expert_ffn_hidden_size": 24,
+            "n_routed_experts": 6,
+            "zero_expert_num": 2,
+        },
+    ),
+    "step3p7": (
+        "Step3p7Config",
+        "Step3p7ForConditionalGeneration",
+        {**_ROUTED, "share_expert_dim": 40, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
+    "ernie4_5_vl_moe": (
+        "Ernie4_5_VLMoeConfig",
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        {
+            "hidden_size": 256,
+            "num_attention_heads": 2,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": [24, 12],
+            "head_dim": 128,
+        },
+    ),
+    "jetmoe": ("JetMoeConfig", "JetMoeForCausalLM", {"num_key_value_heads": 4, "num_local_experts": 5}),
+    "nllb_moe": (
+        "NllbMoeConfig",
+        "NllbMoeForConditionalGeneration",
+        {
+            "d_model": 48,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "num_experts": 3,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 56,
+            "decoder_ffn_dim": 56,
+            "encoder_sparse_step": 2,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "switch_transformers": (
+        "SwitchTransformersConfig",
+        "SwitchTransformersForConditionalGeneration",
+        {
+            "d_model": 48,
+            "d_kv": 12,
+            "d_ff": 56,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "num_experts": 3,
+        },
+    ),
+    "dbrx": (
+        "DbrxConfig",
+        "DbrxForCausalLM",
+        {
+            "d_model": 48,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 56, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 48},
+        },
+    ),
     "qwen3_5_moe_vision": ("Qwen3_5MoeConfig", "Qwen3_5MoeForConditionalGeneration", _LINEAR),
 }
 
@@ -63,6 +149,10 @@ def _model(name: str) -> Any:
     if not hasattr(transformers, model_class):
         pytest.skip(f"this transformers has no {model_class}")
     settings: dict[str, Any] = {**_COMMON, **arguments}
+    if name == "dbrx":
+        settings = {"vocab_size": 97, **arguments}
+    if name in ("step3p7", "ernie4_5_vl_moe"):
+        settings = {"text_config": settings, "vision_config": _TOWERS[name]}
     if name.endswith("_vision"):
         settings = {"text_config": settings, "vision_config": _VISION}
     torch.manual_seed(3333)

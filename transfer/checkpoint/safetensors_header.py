@@ -159,7 +159,7 @@ def _parse_tensor(path: Path, name: str, entry: Any, file: int, data_start: int,
         expected = tensor_nbytes(dtype, shape)
     except ManifestError as error:
         raise CheckpointError(
-            f"{path}: tensor {name!r}: {error}; {_AGAIN}, or upgrade Hotspare if the dtype is new"
+            f"{path}: tensor {name!r}: {error}; upgrade Hotspare if the dtype is new, else {_AGAIN}"
         ) from None
     if not 0 <= end - begin == expected or end > size - data_start:
         _refuse_range(f"{path}: tensor {name!r}", entry, expected, size - data_start)

@@ -21,8 +21,9 @@ import xxhash
 from shm.block import tensor_nbytes
 from shm.errors import InvalidInput
 from shm.manifest import BLOCKS_MAX
-from transfer.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from transfer.checkpoint.config import CONFIG_NAME
 from transfer.checkpoint.families import EXPERTS_MAX, LAYERS_MAX
+from transfer.checkpoint.files import INDEX_NAME, SINGLE_NAME
 from transfer.checkpoint.recipes import FAMILIES, Recipe, Tensor
 from transfer.checkpoint.safetensors_header import LENGTH_NBYTES
 from transfer.errors import CheckpointError

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from shm.attachment import shaped, torch_dtype
-from shm.block import TensorTemplate, fill_template
+from shm.block import COMMON, SHARE, TensorTemplate, fill_template, whole_name
 from shm.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
-
-SHARE = "[{expert}]"  # what the name of a fused tensor's share ends with
 
 
 class Part(NamedTuple):
@@ -42,9 +40,11 @@ class Catalogue:
             parts = []
             for template in manifest.schema(row).tensors:
                 is_share = template.name.endswith(SHARE)
-                name = fill_template(template.name.removesuffix(SHARE), key)
+                name = fill_template(whole_name(template.name), key)
                 if name not in asked:
                     asked[name] = wanted(name)
+                elif template.name.endswith(COMMON):
+                    continue  # another expert's block has it too, and one is enough
                 if asked[name]:
                     parts.append(Part(name, template, key.expert if is_share else None))
                     if is_share:

@@ -67,13 +67,16 @@ def may_be_same_bits(one: str, other: str) -> bool:
 
 _PARTS: Mapping[str, str] = {
     "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down",
-    "gate_up_proj": "gate_up", "w13": "gate_up",
+    "gate_up_proj": "gate_up", "w13": "gate_up", "input_linear": "gate_up", "output_linear": "down",
 }  # fmt: skip
 _KINDS: Mapping[str, str] = {"": "weight", "weight_bias": "bias", "scale_inv": "weight_scale_inv"}
-_PROJECTION = r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj|w13|w1|w2|w3)(?:[._](?P<kind>\w+))?"
+_PROJECTION = (
+    r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj|w13|w1|w2|w3|input_linear|output_linear)(?:[._](?P<kind>\w+))?"
+)
 _CHECKPOINT_NAME = re.compile(rf"(?:.*\.)?{_PROJECTION}(?:\[[^\]]*\])?")
 _EXPERT_NAME = re.compile(
-    r"(?P<stack>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?:(?P<expert>\d+)\..+|.+\[(?P<share>\d+)\])"
+    r"(?P<stack>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?:.*\.)?"
+    r"(?:experts\.(?P<expert>\d+)\..+|(?:experts|moe|block_sparse_moe)\..+\[\*?(?P<share>\d+)\])"
 )
 _EXPERTS_PARAMETER = re.compile(
     r"(?:.*\.)?experts\.(?:\d+\.)?(?:[a-z_]+\.)?(?:w13|w1|w2|w3|gate_up_proj|gate_proj|up_proj|down_proj)(?:[._].*)?"
@@ -104,8 +107,8 @@ def checkpoint_role(name: str) -> Role:
     """The role of a checkpoint tensor, or of its name template; raises SlotMismatch for a name that is unknown."""
     if (found := _CHECKPOINT_NAME.fullmatch(name)) is None:
         raise SlotMismatch(
-            f"{name} is not a gate, up or down projection (gate_proj, up_proj, down_proj, w1, w2, w3 or gate_up_proj): "
-            "its place in an engine is not known, so reload this model from disk"
+            f"{name} is not a gate, up or down projection (gate_proj, up_proj, down_proj, w1, w2, w3, gate_up_proj, "
+            "input_linear or output_linear): its place in an engine is not known, so reload this model from disk"
         )
     return _role(found)
 

@@ -111,3 +111,11 @@ def test_what_is_kept_must_be_the_same_too(directory: Path, segment: Segment) ->
     told = OwnCheckpoint(directory, "moe", "all").pinned(segment)
     assert told is not None
     assert told.content is not None
+
+
+def test_what_is_left_out_is_in_the_log(
+    directory: Path, pinned: Callable[[], PinnedCheckpoint], caplog: pytest.LogCaptureFixture
+) -> None:
+    (directory / "adapter_model.safetensors").touch()
+    pinned()
+    assert "adapter_model.safetensors is left out: " in caplog.text

@@ -8,7 +8,8 @@ import pytest
 
 from shm.block import DENSE, ExpertKey, fill_template
 from transfer.checkpoint import families
-from transfer.checkpoint.families import Grouping, Include, LayerName, group_tensors, split_name
+from transfer.checkpoint.families import Grouping, Include, group_tensors
+from transfer.checkpoint.names import split_name
 from transfer.checkpoint.safetensors_header import StoredTensor
 from transfer.errors import CheckpointError
 
@@ -93,16 +94,26 @@ def test_fused_tensors_are_shared_out_along_their_first_axis(parts: Sequence[str
     assert templates(grouping, (4, 6)) == {f"model.layers.{{layer}}.mlp.experts.{part}[{{expert}}]" for part in parts}
 
 
-def test_one_number_for_all_fused_experts_is_dense() -> None:
-    name = "model.layers.0.mlp.experts.gate_up_proj_input_scale"
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 5)])
+def test_what_fused_experts_have_in_common_is_in_each_ones_block(shape: tuple[int, ...]) -> None:
+    """Else an expert that is restored would lack the scale of its weights."""
     tensors = [
         *stored(["model.layers.0.mlp.experts.gate_up_proj"], (7, 3, 5)),
         *stored(["model.layers.0.mlp.experts.gate_up_proj_weight_scale"], (7,)),
-        *stored([name], ()),
+        *stored(["model.layers.0.mlp.experts.gate_up_proj_input_scale"], shape),
     ]
-    blocks = names_by_key(group(tensors, "all"))
-    assert blocks[ExpertKey(0, DENSE)] == {name}
-    assert len(blocks[ExpertKey(0, 6)]) == 2
+    blocks = group(tensors, "all").blocks
+    assert sorted(blocks) == [ExpertKey(0, e) for e in range(7)]
+    for entries in blocks.values():
+        common = entries[-1]
+        assert common.template == "model.layers.{layer}.mlp.experts.gate_up_proj_input_scale[*{expert}]"
+        assert (common.shape, common.file_offset) == (shape, tensors[-1].offset)
+        assert len(entries) == 3
+
+
+def test_a_single_expert_has_its_share_of_a_tensor_of_one() -> None:
+    grouping = group(stored(["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.w2"], (1, 3, 5)))
+    assert {entry.shape for entry in grouping.blocks[ExpertKey(0, 0)]} == {(3, 5)}
 
 
 def test_layers_of_several_families_are_mixed() -> None:
@@ -119,25 +130,6 @@ def test_layers_of_several_families_are_mixed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stack", "number", "expert"),
-    [
-        ("model.layers.3.mlp.experts.7.up_proj.weight", "model.layers", 3, 7),
-        ("language_model.model.layers.60.mlp.experts.0.w1.weight", "language_model.model.layers", 60, 0),
-        ("model.language_model.layers.12.mlp.experts.gate_up_proj", "model.language_model.layers", 12, None),
-        ("layers.5.ffn.experts.255.w3.scale", "layers", 5, 255),
-        ("mtp.0.ffn.experts.2.w1.weight", "mtp", 0, 2),
-        ("backbone.layers.3.mixer.experts.5.up_proj.weight", "backbone.layers", 3, 5),
-        ("model.0.layers.3.moe.1.experts.5.w1", "model.0.layers", 3, 5),
-        ("3.experts.5.w1", "", 3, 5),
-    ],
-)
-def test_stack_layer_and_expert_are_read_from_the_name(name: str, stack: str, number: int, expert: int | None) -> None:
-    parts = split_name(name)
-    assert parts is not None
-    assert (parts[0].stack, parts[0].number, parts[1]) == (stack, number, expert)
-
-
-@pytest.mark.parametrize(
     "name",
     [
         "model.layers.3.mlp.shared_experts.0.up_proj.weight", "model.layers.3.mlp.shared_expert.up_proj.weight",
@@ -150,11 +142,6 @@ def test_what_is_not_under_experts_is_dense(name: str) -> None:
     blocks = names_by_key(group([*experts("model.layers", [3], 2), *stored([name])], "all"))
     key = ExpertKey(DENSE, DENSE) if name == "lm_head.weight" else ExpertKey(3, DENSE)
     assert blocks[key] == {name}
-
-
-def test_only_canonical_numbers_count() -> None:
-    parts = split_name("model.layers.03.mlp.experts.07.w1")
-    assert parts == (LayerName("model.layers.03.mlp", 0, "", is_numbered=False), None, "07.w1")
 
 
 def test_every_name_can_be_made_from_its_template() -> None:
@@ -214,9 +201,13 @@ def test_expert_without_one_of_its_tensors() -> None:
     refused(tensors, "one.safetensors", "'model.layers.0.mlp.experts.0.", "expert 0 lacks up_proj.weight, unlike")
 
 
-def test_expert_with_one_tensor_more() -> None:
+def test_an_expert_with_one_tensor_more_is_kept_and_told_of() -> None:
     tensors = [*experts("model.layers", [0], 4), *stored(["model.layers.0.mlp.experts.3.up_proj.weight_scale"])]
-    refused(tensors, "expert 3 has up_proj.weight_scale")
+    grouping = group(tensors)
+    assert len(grouping.blocks[ExpertKey(0, 3)]) == 4
+    assert grouping.notes == (
+        "model.layers.N.mlp.experts: the experts of a layer differ in their tensors' names; all are kept",
+    )
 
 
 def test_layer_whose_experts_all_lost_a_projection() -> None:
@@ -241,7 +232,9 @@ def test_fused_tensor_whose_first_axis_is_not_the_expert() -> None:
 
 
 def test_fused_names_that_are_not_known() -> None:
-    refused(stored(["transformer.blocks.0.ffn.experts.mlp.w1"], (12, 5)), "experts.mlp.w1", "known naming")
+    refused(
+        stored(["transformer.blocks.0.ffn.experts.mlp.w1"], (12, 5)), "experts.mlp.w1", "DBRX", "[12, 5]", "convert"
+    )
 
 
 def test_fused_tensor_without_bytes() -> None:

@@ -18,7 +18,8 @@ from shm.block import DENSE
 from shm.errors import InvalidInput
 from tests.processes import DEADLINE_S, wait_until
 from transfer.checkpoint import synth
-from transfer.checkpoint.checkpoint import INDEX_NAME, Checkpoint, read_checkpoint
+from transfer.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from transfer.checkpoint.files import INDEX_NAME
 from transfer.checkpoint.synth import FAMILIES, plan_checkpoint, write_checkpoint
 from transfer.errors import CheckpointError
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from shm.block import ExpertKey
+from tests.transfer.checkpoint.layouts import LAYOUTS, E
 from transfer.checkpoint import Checkpoint, read_checkpoint
 from transfer.slots import Slots
 from transfer.slots.copies import apply_copies, gather_copies
@@ -55,6 +57,11 @@ def llama4() -> PreTrainedModel:
     return transformers.Llama4ForCausalLM(config)
 
 
+def granitemoe() -> PreTrainedModel:
+    """Its files have other names than its parameters, and no `experts` in them."""
+    return transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(**SMALL, num_local_experts=3))
+
+
 def read_block(checkpoint: Checkpoint, key: ExpertKey) -> bytes:
     block = checkpoint.manifest.block(checkpoint.manifest.index(*key))
     out = bytearray(block.nbytes)
@@ -71,7 +78,7 @@ def fill(plan: SlotPlan, checkpoint: Checkpoint) -> None:
             apply_copies(read_block(checkpoint, key), copies)
 
 
-@pytest.mark.parametrize("build", [qwen3_moe, mixtral, deepseek_v3, gpt_oss, llama4])
+@pytest.mark.parametrize("build", [qwen3_moe, mixtral, deepseek_v3, gpt_oss, llama4, granitemoe])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_logits_come_back_to_the_bit(build: Callable[[], PreTrainedModel], dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(7)
@@ -115,3 +122,17 @@ def test_untransposed_parameters_and_a_transposed_checkpoint_do_not_mix(tmp_path
     }
     with pytest.raises(SlotMismatch, match=r"down_proj\[0\] is \[20, 24\] in the checkpoint, and \[24, 20\]"):
         Slots.fused(parameters).plan(manifest)
+
+
+def test_an_experts_slot_gets_the_scale_that_the_layers_experts_have_in_common(tmp_path: Path) -> None:
+    layout = LAYOUTS["llama-4-fp8"]
+    checkpoint = read_checkpoint(layout.write(tmp_path), "tiny")
+    right = load_file(tmp_path / layout.file)
+    parameters = {
+        name: torch.zeros(len(tensor) if tensor.ndim else E, *tensor.shape[1:], dtype=tensor.dtype)
+        for name, tensor in right.items()
+    }
+    fill(Slots.stacked(parameters).plan(checkpoint.manifest), checkpoint)
+    for name, tensor in right.items():
+        whole = tensor.view(torch.uint8) if tensor.ndim else tensor.expand(E).contiguous().view(torch.uint8)
+        assert torch.equal(parameters[name].view(torch.uint8), whole), name
