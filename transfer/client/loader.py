@@ -48,6 +48,11 @@ WINDOW_NBYTES = 1 << 30
 AHEAD = 2  # windows under way while one is handed out: one begins while another ends
 VERIFY_THREADS_MAX = 16  # a checksum reaches the memory's speed before that
 MISSING_SHOWN = 3
+EVERYTHING = "all"  # what a manifest includes that has dense tensors too
+EXPERTS_ALONE = (
+    "the nodes keep experts alone, and there are no files for the other tensors: keep all with `hotspare serve "
+    "--include all`, give the checkpoint's files, or ask for experts only"
+)
 
 Wanted = Callable[[str], bool]
 Named = tuple[str, "torch.Tensor"]
@@ -64,6 +69,8 @@ class LoadReport:
     seconds: float
     notes: tuple[str, ...]
     """Places that could not be used, and why."""
+    is_whole: bool = True
+    """Whether every tensor of the checkpoint was asked about: not where nodes keep experts alone and there are no files."""
 
     @property
     def bytes_total(self) -> int:
@@ -156,10 +163,15 @@ class Loader:
 
         Raises RestoreError for tensors that neither memory nor files have, and EngineError for a device that cannot be
         used. Nothing else that a node, a segment, a peer or a file does is raised while the others have what is wanted.
+        Which tensors a checkpoint has besides experts is unknown where the nodes keep no others and no files are there:
+        then all cannot be asked for, and of what is wanted the experts come (`LoadReport.is_whole`).
         """
         count = _Count(self, progress)
-        wanted = wanted or (lambda _: True)
         manifest = self._find(count.tally)
+        count.is_whole = self._disk.has_files or (manifest is not None and manifest.include == EVERYTHING)
+        if wanted is None and manifest is not None and not count.is_whole:
+            raise RestoreError(EXPERTS_ALONE)
+        wanted = wanted or (lambda _: True)
         catalogue = None if manifest is None else Catalogue(manifest, wanted)
         if manifest is not None and catalogue is not None:
             yield from self._from_memory(manifest, catalogue, device, count, window_nbytes)
@@ -314,6 +326,7 @@ class _Count:
         self._progress = progress
         self._began_s = time.monotonic()
         self._tensors = 0
+        self.is_whole = True
         self._bytes = dict.fromkeys(map(str, SourceKind), 0)
 
     def add(self, kind: SourceKind, nbytes: int) -> None:
@@ -334,7 +347,8 @@ class _Count:
 
     def tell(self) -> None:
         seconds = time.monotonic() - self._began_s
-        self._loader.report = LoadReport(self._tensors, dict(self._bytes), seconds, tuple(self.tally.notes))
+        notes = tuple(self.tally.notes)
+        self._loader.report = LoadReport(self._tensors, dict(self._bytes), seconds, notes, self.is_whole)
         if self._progress is not None:
             self._progress(self._loader.report)
 
