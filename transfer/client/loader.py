@@ -70,7 +70,7 @@ class LoadReport:
     notes: tuple[str, ...]
     """Places that could not be used, and why."""
     is_whole: bool = True
-    """Whether every tensor of the checkpoint was asked about: not where nodes keep experts alone and there are no files."""
+    """Whether every tensor was asked about: not where nodes keep experts alone and there are no files."""
 
     @property
     def bytes_total(self) -> int:
@@ -355,7 +355,7 @@ class _Count:
     def end(self) -> None:
         self.tell()
         report = self._loader.report
-        said = ", ".join(f"{nbytes / 1e9:.2f} GB from {kind}" for kind, nbytes in report.bytes_by_source.items())
+        said = ", ".join(f"{nbytes / 1e9:.3g} GB from {kind}" for kind, nbytes in report.bytes_by_source.items())
         _log.info("loaded %d tensors in %.2f s: %s", report.tensors, report.seconds, said)
         for note in report.notes:
             _log.warning("loaded, but: %s", note)

@@ -91,7 +91,12 @@ def weights(
                     raise RestoreError(EXPERTS_ALONE)
         return
     except Exception as error:  # whatever is wrong here, an engine must start
-        _log.warning("vLLM reads what is left itself, after %d tensors: %s", len(given), told(error))
-    for name, tensor in otherwise():
-        if name not in given:
-            yield name, tensor
+        why = f"Hotspare gave {len(given)} tensors, and not the others: {told(error)}"
+    _log.warning("%s; vLLM reads what is left itself", why)
+    try:
+        for name, tensor in otherwise():
+            if name not in given:
+                yield name, tensor
+    except Exception as error:
+        error.add_note(why)
+        raise

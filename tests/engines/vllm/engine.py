@@ -1,4 +1,4 @@
-"""A whole vLLM in this process: `engine.py --model DIR --load-format F STEP…`; runs where vLLM is, and not the tests.
+"""A whole vLLM in this process, told what to do step by step; runs where vLLM is, and not in the tests' process.
 
 Each step prints a line of JSON, after a mark, since vLLM prints too.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,35 +19,40 @@ os.environ |= {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the steps' functions go to workers
     "HF_HUB_OFFLINE": "1",
 }
 
 import torch
 from vllm import LLM, SamplingParams
 
+from shm.checksum import checksum
 from shm.errors import HotspareError
 from transfer import Restorer
 from transfer.slots import Slots
+from transfer.vllm.experts import slots_of
+from transfer.vllm.reload import modules_by_layer
 
 MARK = "told: "
 PROMPT = [5, 6, 7, 8, 9, 10]
 TOKENS = 16
 
 
-def start(model: str, load_format: str, ranks: int, extra: dict[str, Any]) -> LLM:
-    """An engine whose ranks have a share of the experts each."""
-    several = {"tensor_parallel_size": ranks, "enable_expert_parallel": True} if ranks > 1 else {}
+def start(model: str, load_format: str, *, ranks: int, has_expert_parallel: bool, extra: dict[str, Any]) -> LLM:
+    """An engine whose ranks have a share of the experts each, or a part of every one."""
     return LLM(
         model=model,
         load_format=load_format,
         model_loader_extra_config=extra,
+        worker_extension_cls="transfer.vllm.worker.Worker",
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=128,
         max_num_seqs=2,
         dtype="bfloat16",
         enable_prefix_caching=False,
-        **several,
+        tensor_parallel_size=ranks,
+        enable_expert_parallel=has_expert_parallel,
     )
 
 
@@ -54,7 +60,21 @@ def answer(llm: LLM) -> Any:
     """Greedy tokens, and the logarithm of each one's probability."""
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
     said = llm.generate([{"prompt_token_ids": PROMPT}], greedy, use_tqdm=False)[0].outputs[0]
-    return list(said.token_ids), [each[token].logprob for each, token in zip(said.logprobs, said.token_ids, strict=True)]
+    tokens = list(said.token_ids)
+    return tokens, [each[token].logprob for each, token in zip(said.logprobs, tokens, strict=True)]
+
+
+def digests(llm: LLM) -> Any:
+    """Of each rank, by name, what its parameters hold."""
+
+    def take(model: torch.nn.Module) -> dict[str, str]:
+        return {name: checksum(_bytes_of(p)).hex() for name, p in model.named_parameters() if p.numel()}
+
+    return llm.apply_model(take)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def bind(llm: LLM) -> Any:
@@ -70,7 +90,42 @@ def bind(llm: LLM) -> Any:
     return llm.apply_model(look)
 
 
-STEPS: dict[str, Callable[[LLM], Any]] = {"answer": answer, "bind": bind}
+def spoil(llm: LLM, lost: list[list[int]]) -> Any:
+    """Overwrite these (layer, expert) with noise; how many tensors of each rank."""
+
+    def overwrite(model: torch.nn.Module) -> int:
+        count = 0
+        for layer, module in modules_by_layer(model).items():
+            for expert, slot in slots_of(module).items():
+                for parameter in module.parameters() if [layer, expert] in lost else ():
+                    parameter.data[slot].normal_()
+                    count += 1
+        return count
+
+    return llm.apply_model(overwrite)
+
+
+def reload(llm: LLM, lost: list[list[int]], *more: str) -> Any:
+    """Have the workers load these (layer, expert) again: what each says."""
+    try:
+        return llm.collective_rpc("reload_experts", args=(lost, *more))
+    except HotspareError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def vllms_own(llm: LLM) -> Any:
+    """vLLM's own reload of everything, by whatever it was started with."""
+    return llm.collective_rpc("reload_weights")
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "answer": answer, "digests": digests, "bind": bind, "spoil": spoil, "reload": reload, "vllms-own": vllms_own,
+}  # fmt: skip
+
+
+def tell(step: str, said: Any) -> None:
+    sys.stdout.write(f"{MARK}{json.dumps([step, said])}\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -78,14 +133,21 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", required=True)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--expert-parallel", action="store_true")
     parser.add_argument("--extra", type=json.loads, default={})
-    parser.add_argument("steps", nargs="+", choices=STEPS)
+    parser.add_argument("--steps", type=json.loads, required=True, help='[["answer"], ["spoil", [[1, 3]]], …]')
     asked = parser.parse_args()
     began = time.monotonic()
-    llm = start(asked.model, asked.load_format, asked.ranks, asked.extra)
-    print(MARK + json.dumps(["start", time.monotonic() - began]), flush=True)
-    for step in asked.steps:
-        print(MARK + json.dumps([step, STEPS[step](llm)]), flush=True)
+    llm = start(
+        asked.model,
+        asked.load_format,
+        ranks=asked.ranks,
+        has_expert_parallel=asked.expert_parallel,
+        extra=asked.extra,
+    )
+    tell("start", time.monotonic() - began)
+    for step, *arguments in asked.steps:
+        tell(step, STEPS[step](llm, *arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small models whose experts matter: weights as large as a trained model's, so that another expert is another answer."""
+"""Small models whose experts matter: weights are so large that with another expert the answer is another."""
 
 from __future__ import annotations
 
