@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transfer.client.bound_slots import CPU
 from transfer.client.loader import Wanted
 from transfer.slots.layouts import expert_of
 from transfer.vllm.experts import expert_modules, is_balanced, is_of_all_ranks, is_sliced, slots_of
-from transfer.vllm.weights import Named, Settings, weights
+from transfer.vllm.weights import Named, Pass, Settings, weights
 
 PLATFORMS = "vllm.platforms"
 READ_AS = "auto"  # the load format by which vLLM reads what memory does not have
@@ -70,8 +70,8 @@ class FromMemory:
             yield prefix + name, tensor
 
 
-def passes_for(mine: frozenset[int] | None, is_unused: Wanted | None, device: str) -> Mapping[str, Wanted | None]:
-    """By device what is to be brought there: of a rank's tensors all, but for experts that only others have.
+def passes_for(mine: frozenset[int] | None, is_unused: Wanted | None, device: str) -> list[Pass]:
+    """What is to be brought, and where: of a rank's tensors all, but for experts that only others have.
 
     vLLM has a filter of its own (`--enable-ep-weight-filter`), which reads the placement off its options. Here the
     modules say what was placed. Of other ranks' experts it keeps every scale, ours those that can be used: each of
@@ -88,10 +88,10 @@ def passes_for(mine: frozenset[int] | None, is_unused: Wanted | None, device: st
         return is_foreign(name) and is_of_all_ranks(name)
 
     if mine is None and is_unused is None:
-        return {device: None}
+        return [Pass(device)]
     if device == CPU:
-        return {CPU: lambda name: is_wanted(name) or is_shared(name)}
-    return {device: is_wanted, CPU: is_shared}
+        return [Pass(CPU, lambda name: is_wanted(name) or is_shared(name))]
+    return [Pass(device, is_wanted), Pass(CPU, is_shared)]
 
 
 def device_for(has_slices: bool) -> str:

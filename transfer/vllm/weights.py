@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shm.errors import InvalidInput
 from transfer.client.loader import EXPERTS_ALONE, Loader, Wanted
@@ -26,6 +26,13 @@ OPTIONS = ("url", "model", "namespace", "node")
 Named = tuple[str, "torch.Tensor"]
 
 _log = logging.getLogger("hotspare.vllm")
+
+
+class Pass(NamedTuple):
+    """What to bring to a device: all by default."""
+
+    device: str
+    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +79,10 @@ class Settings:
 def weights(
     settings: Settings,
     checkpoint: Path | None,
-    passes: Mapping[str, Wanted | None],
+    passes: Sequence[Pass],
     otherwise: Callable[[], Iterator[Named]],
 ) -> Iterator[Named]:
-    """Every tensor that is wanted, each once: by device what to bring there, None for all.
+    """Every tensor that is wanted, one pass after the other, each once.
 
     What could not be had is taken of `otherwise`, which is vLLM's own reading, and begun only then; it raises what
     vLLM raises where it finds no files either.
@@ -83,7 +90,7 @@ def weights(
     given: set[str] = set()
     try:
         with settings.loader(checkpoint) as loader:
-            for device, wanted in passes.items():
+            for device, wanted in passes:
                 for name, tensor in loader.tensors(wanted, device=device):
                     given.add(name)
                     yield name, tensor

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shm.layout import SegmentName
-from shm.segment import Segment
+from tests.transfer.kept import NOBODY, Kept
 from transfer import Loader
-from transfer.checkpoint import read_checkpoint
-from transfer.checkpoint.content import pin
-from transfer.checkpoint.reader import BlockReader
 from transfer.client.loader import LoadReport
 from transfer.errors import RestoreError
 
-NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 FAMILIES = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "llama4", "qwen3_5_moe")
 DEVICES = [
     "cpu",
@@ -51,51 +45,6 @@ def differing(loaded: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-class Kept:
-    """A sealed segment of a checkpoint, held by this process as a daemon would, and no daemon beside it."""
-
-    def __init__(self, directory: Path, include: Any, rows: Callable[[int], bool]) -> None:
-        self.directory = directory
-        checkpoint = read_checkpoint(directory, "tiny", include)
-        self.manifest = checkpoint.manifest
-        self.name = SegmentName(f"test-{secrets.token_hex(6)}", "tiny", "here")
-        self.segment = Segment.claim(self.name)
-        held = [row for row in range(len(self.manifest)) if rows(row)]
-        self.segment.allocate(self.manifest, held)
-        reader = BlockReader(checkpoint)
-        for row in held:
-            self.segment.publish(row, reader.read_block(row, self.segment.block(row)))
-        reader.close()
-        self.segment.record_content(pin(checkpoint).digest)
-        self.segment.seal()
-
-    def loader(self, checkpoint: Path | None) -> Loader:
-        return Loader(NOBODY, model="tiny", namespace=self.name.namespace, checkpoint=checkpoint)
-
-
-@pytest.fixture
-def keep() -> Iterator[Callable[..., Kept]]:
-    """`keep(directory, include, rows=…)` → its segment, with the blocks of those manifest rows."""
-    made: list[Kept] = []
-
-    def make(directory: Path, include: str = "all", rows: Callable[[int], bool] = lambda row: True) -> Kept:
-        made.append(Kept(directory, include, rows))
-        return made[-1]
-
-    yield make
-    for kept in made:
-        kept.segment.unlink()
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> Path:
-    """A checkpoint's directory, its weights taken away."""
-    directory = tmp_path / "bare"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    return directory
 
 
 @pytest.mark.parametrize("device", DEVICES)
