@@ -185,23 +185,3 @@ def test_what_other_nodes_keep_comes_from_them_and_then_from_the_files(
     with Loader(nodes.urls[0], checkpoint=tiny_qwen3_moe, model="qwen") as loader:
         assert differing(loader.load(), right) == []
     assert loader.report.bytes_by_source["peer"] == 0
-
-
-def test_transformers_builds_a_model_of_it_in_one_call(
-    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
-) -> None:
-    """As docs/loading.md says."""
-    transformers = pytest.importorskip("transformers")
-    directory = tiny_checkpoint("qwen3_moe")
-    shutil.copy(directory / "config.json", bare)
-    kind, config = transformers.Qwen3MoeForCausalLM, transformers.AutoConfig.from_pretrained(bare)
-    with keep(directory).loader(bare) as loader:
-        built = kind.from_pretrained(None, config=config, state_dict=loader.load(), dtype="auto")
-        attachment = loader._around.segment.attachment
-        assert attachment is not None
-        begin, end = attachment._address, attachment._address + attachment.nbytes
-        mapped = [name for name, parameter in built.named_parameters() if begin <= parameter.data_ptr() < end]
-        assert any("self_attn" in name for name in mapped), "what it does not put together anew is not copied"
-        tokens = torch.arange(10)[None]
-        right = kind.from_pretrained(directory, dtype="auto")
-        assert torch.equal(built(tokens).logits, right(tokens).logits)
