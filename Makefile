@@ -104,7 +104,7 @@ calls: setup $(SCHEMATHESIS)/bin/st
 # The lowest versions that pyproject.toml names, in an environment of their own. Old packages warn, which is no failure.
 FLOORS := build/floors
 FLOORS_TESTS := tests/shm tests/app/cli tests/app/terminal tests/app/cluster tests/contract/test_api.py \
-    tests/contract/test_api_faults.py tests/transfer/engine $(wildcard tests/transfer/test_*.py)
+    tests/contract/test_api_faults.py tests/transfer/engine $(filter-out %_transformers.py,$(wildcard tests/transfer/test_*.py))
 $(FLOORS)/.set-up: pyproject.toml constraints.txt tools/floors.py .ci/install | $(STAMP)
 	@rm -rf $(FLOORS)
 	@$(PYTHON) -m venv $(FLOORS)

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ |= {
@@ -23,15 +24,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-import torch
+import in_ranks  # workers find it too, beside this script
 from vllm import LLM, SamplingParams
-
-from shm.checksum import checksum
-from shm.errors import HotspareError
-from transfer import Restorer
-from transfer.slots import Slots
-from transfer.vllm.experts import slots_of
-from transfer.vllm.reload import modules_by_layer
 
 MARK = "told: "
 PROMPT = [5, 6, 7, 8, 9, 10]
@@ -67,49 +61,26 @@ def answer(llm: LLM) -> Any:
 def digests(llm: LLM) -> Any:
     """Of each rank, by name, what its parameters hold."""
 
-    def take(model: torch.nn.Module) -> dict[str, str]:
-        return {name: checksum(_bytes_of(p)).hex() for name, p in model.named_parameters() if p.numel()}
-
-    return llm.apply_model(take)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return llm.apply_model(in_ranks.digests)
 
 
 def bind(llm: LLM) -> Any:
     """What a Restorer says of the engine's expert parameters as its kernels have them."""
 
-    def look(model: torch.nn.Module) -> str:
-        with Restorer(os.environ["HOTSPARE_URL"]) as restorer:
-            try:
-                return f"bound: {restorer.bind(Slots.fused(dict(model.named_parameters())))}"
-            except HotspareError as error:
-                return f"{type(error).__name__}: {error}"
-
-    return llm.apply_model(look)
+    return llm.apply_model(partial(in_ranks.bind, url=os.environ["HOTSPARE_URL"]))
 
 
 def spoil(llm: LLM, lost: list[list[int]]) -> Any:
     """Overwrite these (layer, expert) with noise; how many tensors of each rank."""
 
-    def overwrite(model: torch.nn.Module) -> int:
-        count = 0
-        for layer, module in modules_by_layer(model).items():
-            for expert, slot in slots_of(module).items():
-                for parameter in module.parameters() if [layer, expert] in lost else ():
-                    parameter.data[slot].normal_()
-                    count += 1
-        return count
-
-    return llm.apply_model(overwrite)
+    return llm.apply_model(partial(in_ranks.spoil, lost=lost))
 
 
 def reload(llm: LLM, lost: list[list[int]], *more: str) -> Any:
     """Have the workers load these (layer, expert) again: what each says."""
     try:
         return llm.collective_rpc("reload_experts", args=(lost, *more))
-    except HotspareError as error:
+    except Exception as error:  # a rank's, as vLLM passes it on
         return f"{type(error).__name__}: {error}"
 
 

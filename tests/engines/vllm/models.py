@@ -20,8 +20,8 @@ _OF: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DeepseekV3ForCausalLM",
         {
             "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-            "num_key_value_heads": 4, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 64,
-            "qk_rope_head_dim": 32, "v_head_dim": 64, "head_dim": 32,
+            "num_key_value_heads": 4, "q_lora_rank": 96, "kv_lora_rank": 512, "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 64, "v_head_dim": 64, "head_dim": 64,
             "topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 0,  # as vLLM reads it
         },
     ),
