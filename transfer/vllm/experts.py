@@ -29,9 +29,9 @@ def is_balanced(module: Any) -> bool:
     return bool(module.moe_config.moe_parallel_config.enable_eplb)
 
 
-def is_sliced(module: Any) -> bool:
-    """Whether the rank has a part of each expert."""
-    return int(module.moe_config.tp_size) > 1
+def part_of(module: Any) -> tuple[int, int]:
+    """Which part of each expert the rank has, of how many: its tensor-parallel rank and size among experts."""
+    return int(module.moe_config.tp_rank), int(module.moe_config.tp_size)
 
 
 def slots_of(module: Any) -> dict[int, int]:
@@ -39,6 +39,27 @@ def slots_of(module: Any) -> dict[int, int]:
     manager = module.expert_map_manager
     found = ((expert, int(manager.map_global_to_local(expert))) for expert in range(manager.global_num_experts))
     return {expert: slot for expert, slot in found if slot >= 0}
+
+
+def has_other_memory(module: Any) -> bool:
+    """Whether the module's kernel has numbers for each slot that are no parameters: made of them, filling the
+    parameters would not reach them.
+    """
+    method = getattr(module, "quant_method", None)
+    config, kernel = getattr(method, "moe_quant_config", None), getattr(method, "moe_kernel", None)
+    holders = [module, method, config, *_attributes(config), kernel, getattr(kernel, "fused_experts", None)]
+    known = {parameter.data_ptr() for parameter in module.parameters()}
+    slots = module.w13_weight.shape[0]
+    return any(
+        tensor.dim() > 0 and tensor.shape[0] == slots and tensor.data_ptr() not in known
+        for holder in holders
+        for tensor in _attributes(holder)
+        if hasattr(tensor, "data_ptr") and (tensor.dim() > 1 or tensor.is_floating_point())
+    )
+
+
+def _attributes(holder: Any) -> list[Any]:
+    return list(getattr(holder, "__dict__", {}).values())
 
 
 def is_of_all_ranks(name: str) -> bool:

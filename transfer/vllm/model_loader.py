@@ -15,7 +15,7 @@ from typing import Any
 from transfer.client.bound_slots import CPU
 from transfer.client.loader import Wanted
 from transfer.slots.layouts import expert_of
-from transfer.vllm.experts import expert_modules, is_balanced, is_of_all_ranks, is_sliced, slots_of
+from transfer.vllm.experts import expert_modules, is_balanced, is_of_all_ranks, part_of, slots_of
 from transfer.vllm.weights import Named, Pass, Settings, weights
 
 PLATFORMS = "vllm.platforms"
@@ -46,7 +46,7 @@ class FromMemory:
         """As vLLM's: the model's own checkpoint, and whatever others the model names, which no node of ours keeps."""
         self._primary = model_config.model
         modules = list(expert_modules(model).values())
-        self._device = device_for(any(map(is_sliced, modules)))
+        self._device = device_for(any(part_of(module)[1] > 1 for module in modules))
         is_fixed = bool(modules) and not any(map(is_balanced, modules))
         self._mine = frozenset().union(*map(slots_of, modules)) if is_fixed else None
         above: Any = super()
@@ -105,7 +105,7 @@ def device_for(has_slices: bool) -> str:
 
 def model_loader(base: Any) -> Any:
     """The class of our loader, on vLLM's default one."""
-    return type("HotspareModelLoader", (FromMemory, base), {})
+    return type("HotspareModelLoader", (FromMemory, base), {"__module__": __name__})
 
 
 def directory_of(model: str, revision: str | None) -> Path | None:

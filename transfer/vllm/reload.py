@@ -1,10 +1,11 @@
-"""Experts of a vLLM that is up, loaded again through vLLM's own weight loaders, from memory.
+"""Experts of a vLLM that is up, loaded again from memory.
 
-Where kernels keep weights as the checkpoint has them, a `Restorer` fills slots and reads nothing else. Where they
-rewrite them, as vLLM's CPU kernels and many of its GPU kernels do, what was lost has to be loaded and rewritten anew.
-vLLM can do that a layer at a time, so of each layer that lost experts all the rank's experts are read.
+Where kernels keep weights as the checkpoint has them, slots are filled, and nothing else is read: what was not lost
+shows whether they do. Where they rewrite them, as vLLM's CPU kernels and many of its GPU kernels do, what was lost has
+to be loaded and rewritten anew, through vLLM's own weight loaders. It can do that a layer at a time, so of each layer
+that lost experts all the rank's experts are read.
 
-That it does it right, nobody is asked. Experts of the layer that were not lost are loaded again with the others: they
+That it does that right, nobody is asked. Experts of the layer that were not lost are loaded again with the others: they
 have to come out as they were, to the byte. If one does not, everything is put back, and it is an error.
 """
 
@@ -16,11 +17,21 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shm.errors import InvalidInput
+from shm.errors import HotspareError, InvalidInput
 from transfer.client.loader import Loader
+from transfer.client.restorer import Restorer
 from transfer.errors import RestoreError
-from transfer.slots.layouts import expert_of, fused_name
-from transfer.vllm.experts import expert_modules, is_balanced, is_of_all_ranks, layer_of, slots_of
+from transfer.slots import Slots
+from transfer.slots.layouts import NO_EXPERT, expert_of, fused_name
+from transfer.vllm.experts import (
+    expert_modules,
+    has_other_memory,
+    is_balanced,
+    is_of_all_ranks,
+    layer_of,
+    part_of,
+    slots_of,
+)
 from transfer.vllm.weights import Named
 
 if TYPE_CHECKING:
@@ -43,9 +54,60 @@ class Reloaded(NamedTuple):
     read: int
     """How many had to be read for that."""
     witnesses: int
-    """How many of these were not asked for, and came out as they had been."""
+    """How many that were not asked for showed that it is right: they hold their bytes, or came out as they had been."""
     bytes_by_source: Mapping[str, int]
     seconds: float
+
+
+def fill(modules: Mapping[int, Any], asked: Iterable[Key], restorer: Restorer) -> Reloaded | None:
+    """Fill the slots of these (layer, expert), those of other ranks left aside; modules are a rank's by layer.
+
+    None where that cannot be done, or not be shown to be right, or did not bring them all: load them again then.
+    Raises InvalidInput for a layer without experts.
+    """
+    began = time.monotonic()
+    by_layer = here(modules, asked)
+    if not by_layer:
+        return Reloaded(0, 0, 0, {}, 0.0)
+    if any(has_other_memory(modules[layer]) for layer in by_layer):
+        return None
+    lost = [(layer, expert) for layer, experts in by_layer.items() for expert in experts]
+    try:
+        proof = restorer.bind(slots_in({layer: modules[layer] for layer in by_layer}), lost=lost, proof="sample")
+        if not proof.ok:
+            return None
+        report = restorer.restore(lost)
+    except HotspareError as error:
+        _log.info("experts are loaded again, and their slots not filled: %s", error)
+        return None
+    if not report.ok:
+        return None
+    return Reloaded(len(lost), len(lost), proof.experts_proved, dict(report.bytes_by_source), time.monotonic() - began)
+
+
+def slots_in(modules: Mapping[int, Any]) -> Slots:
+    """Where a rank has the experts of these layers. Raises SlotMismatch and InvalidInput as `Slots.fused`."""
+    maps: dict[int, list[int]] = {}
+    parameters: dict[str, Any] = {}
+    for layer, module in modules.items():
+        slots = slots_of(module)
+        maps[layer] = [NO_EXPERT] * module.w13_weight.shape[0]
+        for expert, slot in slots.items():
+            maps[layer][slot] = expert
+        parameters |= {f"layers.{layer}.experts.{name}": p for name, p in module.named_parameters()}
+    tp_rank, tp_size = part_of(next(iter(modules.values())))
+    return Slots.fused(parameters, physical_to_logical=maps, tp_rank=tp_rank, tp_size=tp_size)
+
+
+def here(modules: Mapping[int, Any], asked: Iterable[Key]) -> dict[int, set[int]]:
+    """What this rank has of these (layer, expert). Raises InvalidInput for a layer without experts."""
+    by_layer: dict[int, set[int]] = {}
+    for layer, expert in sorted({(int(layer), int(expert)) for layer, expert in asked}):
+        if layer not in modules:
+            raise InvalidInput(f"layer {layer} has no experts: those are layers {_some(sorted(modules))}")
+        if expert in slots_of(modules[layer]):
+            by_layer.setdefault(layer, set()).add(expert)
+    return by_layer
 
 
 class Reload:
@@ -66,7 +128,7 @@ class Reload:
         and those after it, are as they were.
         """
         began = time.monotonic()
-        by_layer = self._here({(int(layer), int(expert)) for layer, expert in asked})
+        by_layer = here(self._modules, asked)
         witnessed: dict[int, set[int]] = {n: lost for n, lost in by_layer.items() if lost < self._local(n)}
         if by_layer and not witnessed and not is_vouched:
             witnessed = {self._bystander(by_layer): set()}
@@ -74,15 +136,6 @@ class Reload:
             self._load(layer, lost)
         count = sum(map(len, by_layer.values()))
         return Reloaded(count, self._read, self._witnesses, dict(self._bytes), time.monotonic() - began)
-
-    def _here(self, asked: Collection[Key]) -> dict[int, set[int]]:
-        by_layer: dict[int, set[int]] = {}
-        for layer, expert in sorted(asked):
-            if layer not in self._modules:
-                raise InvalidInput(f"layer {layer} has no experts: those are layers {_some(sorted(self._modules))}")
-            if expert in self._local(layer):
-                by_layer.setdefault(layer, set()).add(expert)
-        return by_layer
 
     def _local(self, layer: int) -> set[int]:
         return set(slots_of(self._modules[layer]))

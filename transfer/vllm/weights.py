@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shm.errors import InvalidInput
 from transfer.client.loader import EXPERTS_ALONE, Loader, Wanted
+from transfer.client.restorer import Restorer
 from transfer.errors import RestoreError, told
 
 if TYPE_CHECKING:
@@ -66,14 +67,15 @@ class Settings:
 
     def loader(self, checkpoint: Path | None) -> Loader:
         """A Loader of the checkpoint in that directory."""
-        return Loader(
-            self.url,
-            checkpoint=checkpoint,
-            model=self.model,
-            namespace=self.namespace,
-            node=self.node,
-            transport=self.transport,
-        )
+        return Loader(self.url, checkpoint=checkpoint, **self._around())
+
+    def restorer(self, checkpoint: Path | None) -> Restorer:
+        """A Restorer, with that directory as the last resort."""
+        return Restorer(self.url, checkpoint=checkpoint, **self._around())
+
+    def _around(self) -> dict[str, Any]:
+        names = {"model": self.model, "namespace": self.namespace, "node": self.node}
+        return {**names, "transport": self.transport}
 
 
 def weights(

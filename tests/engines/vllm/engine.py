@@ -26,6 +26,7 @@ os.environ |= {
 
 import in_ranks  # workers find it too, beside this script
 from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
 MARK = "told: "
 PROMPT = [5, 6, 7, 8, 9, 10]
@@ -105,9 +106,12 @@ def main() -> None:
     parser.add_argument("--load-format", required=True)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--expert-parallel", action="store_true")
+    parser.add_argument("--unpacked", action="store_true", help="have the CPU's kernel keep weights as they are loaded")
     parser.add_argument("--extra", type=json.loads, default={})
     parser.add_argument("--steps", type=json.loads, required=True, help='[["answer"], ["spoil", [[1, 3]]], …]')
     asked = parser.parse_args()
+    if asked.unpacked:
+        cpu_moe.cpu_prepack_moe_weight = lambda weight, isa: weight
     began = time.monotonic()
     llm = start(
         asked.model,

@@ -159,6 +159,19 @@ def test_lost_experts_are_loaded_again_and_a_reload_that_would_do_harm_is_undone
     assert not is_right[3]
 
 
+def test_where_the_kernel_keeps_weights_as_they_are_only_lost_experts_are_read(
+    node: Callable[..., Any], bare: Callable[[str], Path]
+) -> None:
+    """As kernels for GPUs do that leave bf16 alone: here the CPU's is kept from packing, so it would speak garbage."""
+    steps = [["digests"], ["bind"], ["spoil", LOST], ["digests"], ["reload", LOST], ["digests"]]
+    told = run(bare("qwen3_moe"), steps, "--unpacked", url=node("qwen3_moe").url)
+    assert "experts_proved=24" in told["bind"][0][0]
+    assert told["digests"][0] == told["digests"][2] != told["digests"][1]
+    [done] = told["reload"][0]
+    assert (done["experts"], done["read"]) == (3, 3)
+    assert done["bytes_by_source"]["local"] == 3 * 3 * 256 * 128 * 2
+
+
 def test_expert_parallel_ranks_take_their_own_experts_alone(
     node: Callable[..., Any], bare: Callable[[str], Path], model: Callable[[str], Path]
 ) -> None:

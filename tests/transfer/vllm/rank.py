@@ -18,19 +18,20 @@ Named = tuple[str, torch.Tensor]
 class Experts(torch.nn.Module):
     """A layer's experts on one of `ranks` ranks, which take them one after the other, or turn about."""
 
-    def __init__(self, rank: int, ranks: int, *, is_balanced: bool = False, has_slices: bool = False) -> None:
+    def __init__(self, rank: int, ranks: int, *, is_balanced: bool = False, is_packing: bool = True) -> None:
         super().__init__()
+        self.is_packing = is_packing
         mine = list(range(EXPERTS))[rank::ranks]
         self.expert_map_manager = SimpleNamespace(
             global_num_experts=EXPERTS, map_global_to_local=lambda e: torch.tensor(mine.index(e) if e in mine else -1)
         )
         parallel = SimpleNamespace(enable_eplb=is_balanced)
-        self.moe_config = SimpleNamespace(moe_parallel_config=parallel, tp_size=2 if has_slices else 1)
+        self.moe_config = SimpleNamespace(moe_parallel_config=parallel, tp_rank=0, tp_size=1)
         for name, shape in (("w13_weight", (2 * WIDTH, HIDDEN)), ("w2_weight", (HIDDEN, WIDTH))):
             weight = torch.nn.Parameter(torch.empty(len(mine), *shape, dtype=torch.bfloat16), requires_grad=False)
             self.register_parameter(name, weight)
 
-    def take(self, tensors: Iterable[Named], *, is_packing: bool = True) -> None:
+    def take(self, tensors: Iterable[Named]) -> None:
         """As vLLM at the start: into their slots, and then as the kernel wants them."""
         slots = slots_of(self)
         for name, tensor in tensors:
@@ -39,7 +40,7 @@ class Experts(torch.nn.Module):
             w13, w2 = self.w13_weight.data[slots[key[1]]], self.w2_weight.data[slots[key[1]]]
             part = {"gate_proj": w13[:WIDTH], "up_proj": w13[WIDTH:], "down_proj": w2}[name.split(".")[-2]]
             part.copy_(tensor)
-        for weight in self.parameters() if is_packing else ():
+        for weight in self.parameters() if self.is_packing else ():
             weight.data.copy_(packed(weight.data))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transfer import Loader, Restorer
 from transfer.errors import RestoreError
 from transfer.slots import Slots
 from transfer.slots.layouts import SlotMismatch
-from transfer.vllm.reload import Reload, modules_by_layer
+from transfer.vllm.reload import Reload, Reloaded, fill, modules_by_layer
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def as_at_start(module: Experts, tensors: list[Named]) -> None:
 
 def unpacked(module: Experts, tensors: list[Named]) -> None:
     """What vLLM 0.32 does on a CPU."""
-    module.take(tensors, is_packing=False)
+    module.is_packing = False
+    module.take(tensors)
+    module.is_packing = True
 
 
 def test_binding_the_packed_experts_of_a_rank_is_refused_with_expert_and_tensor(kept: Kept, loader: Loader) -> None:
@@ -140,6 +143,44 @@ def test_where_all_is_lost_nothing_is_loaded_unless_somebody_vouches(loader: Loa
     assert all(torch.equal(held, before[name]) for name, held in model.held().items())
     reload.run(everything, is_vouched=True)
     assert all(torch.equal(held, right[name]) for name, held in model.held().items())
+
+
+def filled(model: Model, asked: list[tuple[int, int]], kept: Kept) -> Reloaded | None:
+    with Restorer(NOBODY, model="tiny", namespace=kept.name.namespace, engine_host="127.0.0.1") as restorer:
+        return fill(modules_by_layer(model), asked, restorer)
+
+
+@pytest.mark.usefixtures("kept_engines")
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2)])
+def test_where_the_kernel_keeps_weights_as_they_are_only_lost_experts_are_read(
+    kept: Kept, loader: Loader, rank: int, ranks: int
+) -> None:
+    model = started(loader, rank=rank, ranks=ranks, is_packing=False)
+    right = model.held()
+    lost = [(0, 2), (2, 0), (2, 4)] if rank == 0 else [(0, 1), (1, 3)]
+    for key in lost:
+        model.spoil(*key)
+    done = filled(model, [*lost, (1, 2 if rank else 3)] if ranks == 2 else lost, kept)
+    assert done is not None
+    assert (done.experts, done.read) == (len(lost), len(lost))
+    assert done.witnesses > 0
+    assert done.bytes_by_source["local"] == len(lost) * 3 * 48 * 40 * 2
+    assert all(torch.equal(held, right[name]) for name, held in model.held().items())
+
+
+@pytest.mark.usefixtures("kept_engines")
+def test_slots_that_a_kernel_rewrote_or_that_nothing_speaks_for_are_not_filled(kept: Kept, loader: Loader) -> None:
+    packing, plain, scaled = started(loader), *(started(loader, is_packing=False) for _ in range(2))
+    for module in modules_by_layer(scaled).values():
+        scale = SimpleNamespace(scale=torch.ones(5, 1))  # made of the weights, where the kernel finds it
+        module.quant_method = SimpleNamespace(moe_quant_config=SimpleNamespace(_w1=scale), moe_kernel=None)
+    whole_layer = [(1, expert) for expert in range(5)]
+    for model, lost in ((packing, [(1, 3)]), (plain, whole_layer), (scaled, [(1, 3)])):
+        for key in lost:
+            model.spoil(*key)
+        before = model.held()
+        assert filled(model, lost, kept) is None
+        assert all(torch.equal(held, before[name]) for name, held in model.held().items())
 
 
 def test_what_cannot_be_loaded_again_is_refused(loader: Loader) -> None:
