@@ -34,7 +34,7 @@ from transfer.client.control_plane import ControlPlane
 from transfer.client.engine_lease import EngineLease
 from transfer.client.ladder import Ladder, Reach
 from transfer.client.last_resort import LastResort
-from transfer.client.report import Tally
+from transfer.client.report import PROGRESS_INTERVAL_S, Tally
 from transfer.client.surroundings import Surroundings
 from transfer.errors import CheckpointError, RestoreError
 from transfer.slots.staging import Staging
@@ -159,7 +159,7 @@ class Loader:
 
         What does not lie in this host's memory as it is asked for is brought in windows of `window_nbytes` bytes, one
         or two ahead: memory that is free again once the window's tensors are. `progress` is called with a LoadReport
-        after each, and at the end.
+        now and then, and at the end.
 
         Raises RestoreError for tensors that neither memory nor files have, and EngineError for a device that cannot be
         used. Nothing else that a node, a segment, a peer or a file does is raised while the others have what is wanted.
@@ -324,7 +324,7 @@ class _Count:
         self.tally = Tally()
         self._loader = loader
         self._progress = progress
-        self._began_s = time.monotonic()
+        self._began_s = self._told_s = time.monotonic()
         self._tensors = 0
         self.is_whole = True
         self._bytes = dict.fromkeys(map(str, SourceKind), 0)
@@ -335,6 +335,8 @@ class _Count:
     def each(self, named: Sequence[Named] | Iterator[Named]) -> Iterator[Named]:
         for each in named:
             self._tensors += 1
+            if time.monotonic() - self._told_s >= PROGRESS_INTERVAL_S:
+                self.tell()
             yield each
 
     def merge(self, tally: Tally) -> None:
@@ -349,8 +351,13 @@ class _Count:
         seconds = time.monotonic() - self._began_s
         notes = tuple(self.tally.notes)
         self._loader.report = LoadReport(self._tensors, dict(self._bytes), seconds, notes, self.is_whole)
+        self._told_s = time.monotonic()
         if self._progress is not None:
-            self._progress(self._loader.report)
+            try:
+                self._progress(self._loader.report)
+            except Exception:
+                _log.exception("the progress callback failed; the load goes on without it")
+                self._progress = None
 
     def end(self) -> None:
         self.tell()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shm.errors import InvalidInput
+from transfer.client.bound_slots import CPU
 from transfer.client.loader import EXPERTS_ALONE, Loader, Wanted
 from transfer.client.restorer import Restorer
 from transfer.errors import RestoreError, told
@@ -92,8 +93,8 @@ def weights(
     given: set[str] = set()
     try:
         with settings.loader(checkpoint) as loader:
-            for device, wanted in passes:
-                for name, tensor in loader.tensors(wanted, device=device):
+            for each in passes:
+                for name, tensor in _brought(loader, each, given):
                     given.add(name)
                     yield name, tensor
                 if not loader.report.is_whole:
@@ -109,3 +110,16 @@ def weights(
     except Exception as error:
         error.add_note(why)
         raise
+
+
+def _brought(loader: Loader, brought: Pass, given: Collection[str]) -> Iterator[Named]:
+    """One pass; what its device cannot take in host memory, for want of memory, say."""
+    if brought.device != CPU:
+        try:
+            yield from loader.tensors(brought.wanted, device=brought.device)
+            return
+        except Exception as error:
+            _log.warning("what is left is handed out in host memory, since on %s: %s", brought.device, told(error))
+    for name, tensor in loader.tensors(brought.wanted, device=CPU):
+        if name not in given:
+            yield name, tensor

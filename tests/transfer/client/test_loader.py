@@ -105,6 +105,30 @@ def test_only_what_is_wanted_moves(tiny_checkpoint: Callable[..., Path], keep: C
     assert loader.report.bytes_by_source["local"] == int(kept.manifest.nbytes[5:10].sum())
 
 
+def test_progress_is_told_as_tensors_are_handed_out_and_a_callback_that_fails_stops_no_start(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transfer.client.loader.PROGRESS_INTERVAL_S", 0.0)
+    directory = tiny_checkpoint("qwen3_moe")
+    kept = keep(directory, "experts")  # the others come of the files
+    told: list[LoadReport] = []
+
+    def fail(report: LoadReport) -> None:
+        told.append(report)
+        if len(told) == 3:
+            raise RuntimeError("the console is gone")
+
+    with kept.loader(directory) as loader:
+        loader.load(progress=told.append)
+        numbers = [report.tensors for report in told]
+        assert numbers == sorted(numbers)
+        assert len(set(numbers)) > 10
+        assert told[-1] == loader.report
+        told.clear()
+        assert differing(loader.load(progress=fail), content_of(directory)) == []
+    assert len(told) == 3
+
+
 def test_a_block_that_is_wrong_in_the_segment_comes_from_elsewhere(
     tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
 ) -> None:

@@ -60,6 +60,16 @@ def test_in_several_passes_each_brings_its_own(tiny_qwen3_moe: Path, keep: Calla
     assert_same(given, right)
 
 
+def test_what_a_device_cannot_take_is_handed_out_in_host_memory(
+    tiny_qwen3_moe: Path, keep: Callable[..., Kept], bare: Path
+) -> None:
+    reading = Reading(bare)
+    passes = [Pass("cpu", lambda name: "down" in name), Pass("cuda:99", lambda name: "down" not in name)]
+    given = list(weights(settings_of(keep(tiny_qwen3_moe)), bare, passes, reading))
+    assert_same(given, Reading(tiny_qwen3_moe).tensors)
+    assert not reading.is_begun
+
+
 def test_a_model_without_experts_is_read_by_vllm(
     tmp_path: Path, tiny_qwen3_moe: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
