@@ -32,7 +32,8 @@ class Kept:
         for row in held:
             self.segment.publish(row, reader.read_block(row, self.segment.block(row)))
         reader.close()
-        self.segment.record_content(pin(checkpoint).digest)
+        self.content_digest = pin(checkpoint).digest
+        self.segment.record_content(self.content_digest)
         self.segment.seal()
 
     def loader(self, checkpoint: Path | None) -> Loader:

@@ -121,8 +121,14 @@ class Loader:
         self._staging: Staging | None = None
         self._starting, self._reading = threading.Lock(), threading.Lock()
         """Held by a window while it has the engine started, or the files looked at."""
+        self._has_memory = False
         self.report = LoadReport(0, {}, 0.0, ())
         """Of the load that is under way, or the last one."""
+
+    @property
+    def content_digest(self) -> str | None:
+        """Which content was loaded, in hex; None where all came from the files, and nobody told it."""
+        return self._around.content.digest if self._has_memory else None
 
     def close(self) -> None:
         """Let the segment, the ring and the engine go. Tensors that were handed out stay."""
@@ -168,6 +174,7 @@ class Loader:
         """
         count = _Count(self, progress)
         manifest = self._find(count.tally)
+        self._has_memory = manifest is not None
         count.is_whole = self._disk.has_files or (manifest is not None and manifest.include == EVERYTHING)
         if wanted is None and manifest is not None and not count.is_whole:
             raise RestoreError(EXPERTS_ALONE)

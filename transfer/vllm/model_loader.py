@@ -19,6 +19,7 @@ from transfer.vllm.experts import expert_modules, is_balanced, is_of_all_ranks, 
 from transfer.vllm.weights import Named, Pass, Settings, weights
 
 PLATFORMS = "vllm.platforms"
+CONTENT = "hotspare_content"  # on the model: the digest of what was loaded, None where that is not known
 READ_AS = "auto"  # the load format by which vLLM reads what memory does not have
 
 
@@ -35,6 +36,7 @@ class FromMemory:
         above: Any = super()
         above.__init__(theirs)
         self._primary: str | None = None
+        self._model: Any = None
         self._device = CPU
         self._mine: frozenset[int] | None = None
         """The experts that this rank has one of in some layer; None where it may take any."""
@@ -44,7 +46,7 @@ class FromMemory:
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[Named]:
         """As vLLM's: the model's own checkpoint, and whatever others the model names, which no node of ours keeps."""
-        self._primary = model_config.model
+        self._primary, self._model = model_config.model, model
         modules = list(expert_modules(model).values())
         self._device = device_for(any(part_of(module)[1] > 1 for module in modules))
         is_fixed = bool(modules) and not any(map(is_balanced, modules))
@@ -66,8 +68,11 @@ class FromMemory:
 
         directory = directory_of(source.model_or_path, source.revision)
         passes = passes_for(self._mine, source.is_unused_weight, self._device)
-        for name, tensor in weights(self._settings, directory, passes, otherwise):
+        for name, tensor in weights(self._settings, directory, passes, otherwise, self._tell_content):
             yield prefix + name, tensor
+
+    def _tell_content(self, digest: str | None) -> None:
+        setattr(self._model, CONTENT, digest)
 
 
 def passes_for(mine: frozenset[int] | None, is_unused: Wanted | None, device: str) -> list[Pass]:

@@ -59,8 +59,12 @@ class Reloaded(NamedTuple):
     seconds: float
 
 
-def fill(modules: Mapping[int, Any], asked: Iterable[Key], restorer: Restorer) -> Reloaded | None:
+def fill(
+    modules: Mapping[int, Any], asked: Iterable[Key], restorer: Restorer, content: str | None = None
+) -> Reloaded | None:
     """Fill the slots of these (layer, expert), those of other ranks left aside; modules are a rank's by layer.
+
+    `content` is the digest of what the engine was started with, where that is known: nothing else is put there.
 
     None where that cannot be done, or not be shown to be right, or did not bring them all: load them again then.
     Raises InvalidInput for a layer without experts.
@@ -74,7 +78,7 @@ def fill(modules: Mapping[int, Any], asked: Iterable[Key], restorer: Restorer) -
     lost = [(layer, expert) for layer, experts in by_layer.items() for expert in experts]
     try:
         proof = restorer.bind(slots_in({layer: modules[layer] for layer in by_layer}), lost=lost, proof="sample")
-        if not proof.ok:
+        if not proof.ok or is_other(content, restorer.content_digest):
             return None
         report = restorer.restore(lost)
     except HotspareError as error:
@@ -111,10 +115,13 @@ def here(modules: Mapping[int, Any], asked: Iterable[Key]) -> dict[int, set[int]
 
 
 class Reload:
-    """Of one rank: its expert modules by layer, and how vLLM loads them."""
+    """Of one rank: its expert modules by layer, and how vLLM loads them; and `content` as for `fill`."""
 
-    def __init__(self, modules: Mapping[int, Any], rewrite: Rewrite, loader: Loader) -> None:
+    def __init__(
+        self, modules: Mapping[int, Any], rewrite: Rewrite, loader: Loader, content: str | None = None
+    ) -> None:
         self._modules = modules
+        self._content = content
         self._rewrite = rewrite
         self._loader = loader
         self._bytes: Counter[str] = Counter()
@@ -152,6 +159,11 @@ class Reload:
     def _load(self, layer: int, lost: Collection[int]) -> None:
         module = self._modules[layer]
         tensors = list(self._loader.load(lambda name: _is_wanted(name, layer, self._local(layer))).items())
+        if is_other(self._content, self._loader.content_digest):
+            raise RestoreError(
+                "the nodes keep other weights than the engine was started with: start it anew, or load experts again "
+                "beside the checkpoint's files"
+            )
         if not tensors:
             raise RestoreError(f"layer {layer}: the checkpoint has no tensor of its experts: load the model anew")
         kept = Kept(module, lost)
@@ -215,6 +227,11 @@ def modules_by_layer(model: Any) -> dict[int, Any]:
             raise RestoreError("vLLM's weight loaders do not know where its load balancer (EPLB) has put experts")
         modules[layer] = module
     return dict(sorted(modules.items()))
+
+
+def is_other(content: str | None, found: str | None) -> bool:
+    """Whether two contents are known to differ."""
+    return None not in (content, found) and content != found
 
 
 def _is_wanted(name: str, layer: int, local: Collection[int]) -> bool:

@@ -84,8 +84,9 @@ def weights(
     checkpoint: Path | None,
     passes: Sequence[Pass],
     otherwise: Callable[[], Iterator[Named]],
+    tell_content: Callable[[str | None], None],
 ) -> Iterator[Named]:
-    """Every tensor that is wanted, one pass after the other, each once.
+    """Every tensor that is wanted, one pass after the other, each once; `tell_content` is told of which content.
 
     What could not be had is taken of `otherwise`, which is vLLM's own reading, and begun only then; it raises what
     vLLM raises where it finds no files either.
@@ -99,6 +100,7 @@ def weights(
                     yield name, tensor
                 if not loader.report.is_whole:
                     raise RestoreError(EXPERTS_ALONE)
+            tell_content(loader.content_digest)
         return
     except Exception as error:  # whatever is wrong here, an engine must start
         why = f"Hotspare gave {len(given)} tensors, and not the others: {told(error)}"

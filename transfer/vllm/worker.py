@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from shm.errors import InvalidInput
-from transfer.vllm.model_loader import directory_of
+from transfer.vllm.model_loader import CONTENT, directory_of
 from transfer.vllm.reload import Reload, fill, modules_by_layer
 from transfer.vllm.weights import Named, Settings
 
@@ -47,13 +47,14 @@ class Worker:
             with importlib.import_module(CONFIG).set_current_vllm_config(config), _as_at_start(module):
                 load_again(model, module, tensors, config.model_config)
 
-        asked, modules = list(experts), modules_by_layer(model)
+        asked, modules, content = list(experts), modules_by_layer(model), getattr(model, CONTENT, None)
         directory = directory_of(config.model_config.model, config.model_config.revision)
         with settings.restorer(directory) as restorer:
-            done = fill(modules, asked, restorer)
+            done = fill(modules, asked, restorer, content)
         if done is None:
             with settings.loader(directory) as loader:
-                done = Reload(modules, rewrite, loader).run(asked, is_vouched=proof == "none")
+                reload = Reload(modules, rewrite, loader, content)
+                done = reload.run(asked, is_vouched=proof == "none")
         _log.info("%d experts loaded again in %.2f s, for which %d were read", done.experts, done.seconds, done.read)
         return done._asdict()
 

@@ -53,9 +53,10 @@ def test_a_whole_model_comes_from_memory_when_its_files_are_gone(
     family: str, device: str, tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
 ) -> None:
     directory = tiny_checkpoint(family, is_fused=family in ("gpt_oss", "llama4", "qwen3_5_moe"))
-    right = content_of(directory)
-    with keep(directory).loader(bare) as loader:
+    right, kept = content_of(directory), keep(directory)
+    with kept.loader(bare) as loader:
         loaded = loader.load(device=device)
+    assert loader.content_digest == kept.content_digest.hex()
     assert differing(loaded, right) == []
     assert {tensor.device.type for tensor in loaded.values()} == {torch.device(device).type}
     assert loader.report.bytes_by_source["local"] > 0
@@ -173,6 +174,7 @@ def test_files_of_other_weights_than_the_nodes_keep_are_loaded_alone(
     save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with kept.loader(other) as loader:
         assert differing(loader.load(), content_of(other)) == []
+        assert loader.content_digest is None, "that of the node is another's"
     assert loader.report.bytes_by_source["local"] == 0
     assert any("nothing is taken of it" in note or "not the checkpoint" in note for note in loader.report.notes)
 

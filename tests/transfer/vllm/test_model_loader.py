@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.transfer.kept import NOBODY, Kept
 from tests.transfer.vllm.rank import Model
+from transfer.checkpoint import read_checkpoint
+from transfer.checkpoint.content import pin
 from transfer.vllm import model_loader as module
 from transfer.vllm.model_loader import directory_of, model_loader, passes_for
 
@@ -59,6 +61,12 @@ def load(
 
 def experts_in(names: Any) -> set[int]:
     return {int(name.split(".experts.")[1].split(".")[0]) for name in names if ".experts." in name}
+
+
+def test_the_content_of_what_was_loaded_is_kept_with_the_model(load: Callable[..., Any], tiny_qwen3_moe: Path) -> None:
+    model = Model()
+    load(model)
+    assert getattr(model, module.CONTENT) == pin(read_checkpoint(tiny_qwen3_moe, "tiny", "all")).digest.hex()
 
 
 def test_a_rank_is_handed_its_own_experts_and_every_dense_tensor(

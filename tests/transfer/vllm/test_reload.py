@@ -145,9 +145,9 @@ def test_where_all_is_lost_nothing_is_loaded_unless_somebody_vouches(loader: Loa
     assert all(torch.equal(held, right[name]) for name, held in model.held().items())
 
 
-def filled(model: Model, asked: list[tuple[int, int]], kept: Kept) -> Reloaded | None:
+def filled(model: Model, asked: list[tuple[int, int]], kept: Kept, content: str | None = None) -> Reloaded | None:
     with Restorer(NOBODY, model="tiny", namespace=kept.name.namespace, engine_host="127.0.0.1") as restorer:
-        return fill(modules_by_layer(model), asked, restorer)
+        return fill(modules_by_layer(model), asked, restorer, content)
 
 
 @pytest.mark.usefixtures("kept_engines")
@@ -181,6 +181,23 @@ def test_slots_that_a_kernel_rewrote_or_that_nothing_speaks_for_are_not_filled(k
         before = model.held()
         assert filled(model, lost, kept) is None
         assert all(torch.equal(held, before[name]) for name, held in model.held().items())
+
+
+@pytest.mark.usefixtures("kept_engines")
+def test_weights_of_other_content_than_the_engine_was_started_with_are_not_put_there(
+    kept: Kept, loader: Loader
+) -> None:
+    """A fine-tune may have changed the lost expert alone: none of the others would show it."""
+    for is_packing in (True, False):
+        model = started(loader, is_packing=is_packing)
+        assert loader.content_digest is not None
+        model.spoil(1, 3)
+        before = model.held()
+        assert filled(model, [(1, 3)], kept, content=32 * "0") is None
+        with pytest.raises(RestoreError, match="other weights than the engine was started with"):
+            Reload(modules_by_layer(model), as_at_start, loader, 32 * "0").run([(1, 3)])
+        assert all(torch.equal(held, before[name]) for name, held in model.held().items())
+        Reload(modules_by_layer(model), as_at_start, loader, loader.content_digest).run([(1, 3)])
 
 
 def test_what_cannot_be_loaded_again_is_refused(loader: Loader) -> None:
