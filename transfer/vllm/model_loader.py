@@ -67,7 +67,7 @@ class FromMemory:
                 yield name.removeprefix(prefix), tensor
 
         directory = directory_of(source.model_or_path, source.revision)
-        passes = passes_for(self._mine, source.is_unused_weight, self._device)
+        passes = passes_for(self._mine, getattr(source, "is_unused_weight", None), self._device)  # 0.32 has it
         for name, tensor in weights(self._settings, directory, passes, otherwise, self._tell_content):
             yield prefix + name, tensor
 
