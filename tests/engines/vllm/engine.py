@@ -121,6 +121,7 @@ def main() -> None:
         extra=asked.extra,
     )
     tell("start", time.monotonic() - began)
+    tell("idents", llm.apply_model(in_ranks.ident))
     for step, *arguments in asked.steps:
         tell(step, STEPS[step](llm, *arguments))
 

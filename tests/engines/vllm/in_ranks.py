@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from shm.checksum import checksum
@@ -10,6 +12,11 @@ from transfer import Restorer
 from transfer.slots import Slots
 from transfer.vllm.experts import slots_of
 from transfer.vllm.reload import modules_by_layer
+
+
+def ident(model: torch.nn.Module) -> str:
+    """What the memory that the ranks share is named for."""
+    return os.environ.get("VLLM_DIST_IDENT", "")
 
 
 def digests(model: torch.nn.Module) -> dict[str, str]:
