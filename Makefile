@@ -11,7 +11,7 @@ PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check mutate soak calls floors sglang bench fmt openapi clean
+.PHONY: help setup demo test check mutate soak calls floors sglang engines-vllm bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
@@ -25,6 +25,7 @@ help:
 	@echo "make calls    thousands of generated API calls (downloads 40 MB; EXAMPLES=, SEED=)"
 	@echo "make floors   the core of the tests with the lowest versions of dependencies"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
+	@echo "make engines-vllm  a whole vLLM, started from memory (downloads 0.6 GB)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv"
 	@echo "make clean    remove .venv, caches and builds"
@@ -76,6 +77,20 @@ $(SGLANG)/.set-up: tests/sglang/requirements.txt | $(STAMP)
 sglang: setup $(SGLANG)/.set-up
 	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/sglang
 
+# A whole vLLM for CPUs, in an environment of its own: it wants other versions than ours of much.
+ENGINES_VLLM := build/engines-vllm
+$(ENGINES_VLLM)/.set-up: tests/engines/vllm/requirements.txt pyproject.toml | $(STAMP)
+	@rm -rf $(ENGINES_VLLM)
+	@$(PYTHON) -m venv $(ENGINES_VLLM)
+	@echo "installing into $(ENGINES_VLLM)"
+	@bash .ci/install $(ENGINES_VLLM)/bin/python torch hatchling editables setuptools
+	@$(ENGINES_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@$(ENGINES_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+engines-vllm: setup $(ENGINES_VLLM)/.set-up
+	@ENGINES_VLLM=$(abspath $(ENGINES_VLLM))/bin/python $(BIN)/python -m pytest tests/engines/vllm
+
 # schemathesis pins versions of its own: beside .venv and not in it. EXAMPLES=2000 makes some 30,000 calls.
 SCHEMATHESIS := build/schemathesis
 EXAMPLES ?= 100
@@ -89,7 +104,7 @@ calls: setup $(SCHEMATHESIS)/bin/st
 # The lowest versions that pyproject.toml names, in an environment of their own. Old packages warn, which is no failure.
 FLOORS := build/floors
 FLOORS_TESTS := tests/shm tests/app/cli tests/app/terminal tests/app/cluster tests/contract/test_api.py \
-    tests/contract/test_api_faults.py tests/transfer/engine $(wildcard tests/transfer/test_*.py)
+    tests/contract/test_api_faults.py tests/transfer/engine $(filter-out %_transformers.py,$(wildcard tests/transfer/test_*.py))
 $(FLOORS)/.set-up: pyproject.toml constraints.txt tools/floors.py .ci/install | $(STAMP)
 	@rm -rf $(FLOORS)
 	@$(PYTHON) -m venv $(FLOORS)

@@ -33,6 +33,8 @@ PROVED_ELSEWHERE = {
     "transfer/cuda/*.py": "tests/transfer/cuda/test_slots.py",
     "transfer/push/*.py": "tests/transfer/push/test_push.py",
     "transfer/sglang/*.py": "tests/transfer/sglang/test_client.py",
+    "transfer/vllm/experts.py": "tests/transfer/vllm/test_reload.py",
+    "transfer/vllm/worker.py": "tests/engines/vllm/test_release.py",
     "transfer/slots/layouts.py": "tests/transfer/slots/test_slots.py",
 }
 MODULES = sorted(

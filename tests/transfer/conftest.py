@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.processes import wait_until
+from tests.transfer.kept import Kept
 
 _COMMON = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -259,3 +260,26 @@ def cluster(
         return Cluster(start, count, replicas, lambda node: segment_path(namespace, node, model))
 
     return make
+
+
+@pytest.fixture
+def keep() -> Iterator[Callable[..., Kept]]:
+    """`keep(directory, include, rows=…)` → its segment, with the blocks of those manifest rows."""
+    made: list[Kept] = []
+
+    def make(directory: Path, include: str = "all", rows: Callable[[int], bool] = lambda row: True) -> Kept:
+        made.append(Kept(directory, include, rows))
+        return made[-1]
+
+    yield make
+    for kept in made:
+        kept.segment.unlink()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A checkpoint's directory, its weights taken away."""
+    directory = tmp_path / "bare"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory

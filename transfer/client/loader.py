@@ -34,7 +34,7 @@ from transfer.client.control_plane import ControlPlane
 from transfer.client.engine_lease import EngineLease
 from transfer.client.ladder import Ladder, Reach
 from transfer.client.last_resort import LastResort
-from transfer.client.report import Tally
+from transfer.client.report import PROGRESS_INTERVAL_S, Tally
 from transfer.client.surroundings import Surroundings
 from transfer.errors import CheckpointError, RestoreError
 from transfer.slots.staging import Staging
@@ -48,6 +48,11 @@ WINDOW_NBYTES = 1 << 30
 AHEAD = 2  # windows under way while one is handed out: one begins while another ends
 VERIFY_THREADS_MAX = 16  # a checksum reaches the memory's speed before that
 MISSING_SHOWN = 3
+EVERYTHING = "all"  # what a manifest includes that has dense tensors too
+EXPERTS_ALONE = (
+    "the nodes keep experts alone, and there are no files for the other tensors: keep all with `hotspare serve "
+    "--include all`, give the checkpoint's files, or ask for experts only"
+)
 
 Wanted = Callable[[str], bool]
 Named = tuple[str, "torch.Tensor"]
@@ -64,6 +69,8 @@ class LoadReport:
     seconds: float
     notes: tuple[str, ...]
     """Places that could not be used, and why."""
+    is_whole: bool = True
+    """Whether every tensor was asked about: not where nodes keep experts alone and there are no files."""
 
     @property
     def bytes_total(self) -> int:
@@ -114,8 +121,14 @@ class Loader:
         self._staging: Staging | None = None
         self._starting, self._reading = threading.Lock(), threading.Lock()
         """Held by a window while it has the engine started, or the files looked at."""
+        self._has_memory = False
         self.report = LoadReport(0, {}, 0.0, ())
         """Of the load that is under way, or the last one."""
+
+    @property
+    def content_digest(self) -> str | None:
+        """Which content was loaded, in hex; None where all came from the files, and nobody told it."""
+        return self._around.content.digest if self._has_memory else None
 
     def close(self) -> None:
         """Let the segment, the ring and the engine go. Tensors that were handed out stay."""
@@ -152,14 +165,20 @@ class Loader:
 
         What does not lie in this host's memory as it is asked for is brought in windows of `window_nbytes` bytes, one
         or two ahead: memory that is free again once the window's tensors are. `progress` is called with a LoadReport
-        after each, and at the end.
+        now and then, and at the end.
 
         Raises RestoreError for tensors that neither memory nor files have, and EngineError for a device that cannot be
         used. Nothing else that a node, a segment, a peer or a file does is raised while the others have what is wanted.
+        Which tensors a checkpoint has besides experts is unknown where the nodes keep no others and no files are there:
+        then all cannot be asked for, and of what is wanted the experts come (`LoadReport.is_whole`).
         """
         count = _Count(self, progress)
-        wanted = wanted or (lambda _: True)
         manifest = self._find(count.tally)
+        self._has_memory = manifest is not None
+        count.is_whole = self._disk.has_files or (manifest is not None and manifest.include == EVERYTHING)
+        if wanted is None and manifest is not None and not count.is_whole:
+            raise RestoreError(EXPERTS_ALONE)
+        wanted = wanted or (lambda _: True)
         catalogue = None if manifest is None else Catalogue(manifest, wanted)
         if manifest is not None and catalogue is not None:
             yield from self._from_memory(manifest, catalogue, device, count, window_nbytes)
@@ -312,8 +331,9 @@ class _Count:
         self.tally = Tally()
         self._loader = loader
         self._progress = progress
-        self._began_s = time.monotonic()
+        self._began_s = self._told_s = time.monotonic()
         self._tensors = 0
+        self.is_whole = True
         self._bytes = dict.fromkeys(map(str, SourceKind), 0)
 
     def add(self, kind: SourceKind, nbytes: int) -> None:
@@ -322,6 +342,8 @@ class _Count:
     def each(self, named: Sequence[Named] | Iterator[Named]) -> Iterator[Named]:
         for each in named:
             self._tensors += 1
+            if time.monotonic() - self._told_s >= PROGRESS_INTERVAL_S:
+                self.tell()
             yield each
 
     def merge(self, tally: Tally) -> None:
@@ -334,14 +356,20 @@ class _Count:
 
     def tell(self) -> None:
         seconds = time.monotonic() - self._began_s
-        self._loader.report = LoadReport(self._tensors, dict(self._bytes), seconds, tuple(self.tally.notes))
+        notes = tuple(self.tally.notes)
+        self._loader.report = LoadReport(self._tensors, dict(self._bytes), seconds, notes, self.is_whole)
+        self._told_s = time.monotonic()
         if self._progress is not None:
-            self._progress(self._loader.report)
+            try:
+                self._progress(self._loader.report)
+            except Exception:
+                _log.exception("the progress callback failed; the load goes on without it")
+                self._progress = None
 
     def end(self) -> None:
         self.tell()
         report = self._loader.report
-        said = ", ".join(f"{nbytes / 1e9:.2f} GB from {kind}" for kind, nbytes in report.bytes_by_source.items())
+        said = ", ".join(f"{nbytes / 1e9:.3g} GB from {kind}" for kind, nbytes in report.bytes_by_source.items())
         _log.info("loaded %d tensors in %.2f s: %s", report.tensors, report.seconds, said)
         for note in report.notes:
             _log.warning("loaded, but: %s", note)

@@ -124,6 +124,11 @@ class Restorer:
             return replace(report, notes=tuple(tally.notes))
 
     @property
+    def content_digest(self) -> str | None:
+        """Which content the slots are bound to, in hex; None while that is not known."""
+        return self._around.content.digest
+
+    @property
     def session_id(self) -> str | None:
         """What peers call this process's engine; None before `bind`, or where no engine could be started."""
         return None if self._lease.engine is None else self._lease.engine.session_id

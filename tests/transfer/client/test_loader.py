@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shm.layout import SegmentName
-from shm.segment import Segment
+from tests.transfer.kept import NOBODY, Kept
 from transfer import Loader
-from transfer.checkpoint import read_checkpoint
-from transfer.checkpoint.content import pin
-from transfer.checkpoint.reader import BlockReader
 from transfer.client.loader import LoadReport
 from transfer.errors import RestoreError
 
-NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 FAMILIES = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "llama4", "qwen3_5_moe")
 DEVICES = [
     "cpu",
@@ -53,60 +47,16 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-class Kept:
-    """A sealed segment of a checkpoint, held by this process as a daemon would, and no daemon beside it."""
-
-    def __init__(self, directory: Path, include: Any, rows: Callable[[int], bool]) -> None:
-        self.directory = directory
-        checkpoint = read_checkpoint(directory, "tiny", include)
-        self.manifest = checkpoint.manifest
-        self.name = SegmentName(f"test-{secrets.token_hex(6)}", "tiny", "here")
-        self.segment = Segment.claim(self.name)
-        held = [row for row in range(len(self.manifest)) if rows(row)]
-        self.segment.allocate(self.manifest, held)
-        reader = BlockReader(checkpoint)
-        for row in held:
-            self.segment.publish(row, reader.read_block(row, self.segment.block(row)))
-        reader.close()
-        self.segment.record_content(pin(checkpoint).digest)
-        self.segment.seal()
-
-    def loader(self, checkpoint: Path | None) -> Loader:
-        return Loader(NOBODY, model="tiny", namespace=self.name.namespace, checkpoint=checkpoint)
-
-
-@pytest.fixture
-def keep() -> Iterator[Callable[..., Kept]]:
-    """`keep(directory, include, rows=…)` → its segment, with the blocks of those manifest rows."""
-    made: list[Kept] = []
-
-    def make(directory: Path, include: str = "all", rows: Callable[[int], bool] = lambda row: True) -> Kept:
-        made.append(Kept(directory, include, rows))
-        return made[-1]
-
-    yield make
-    for kept in made:
-        kept.segment.unlink()
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> Path:
-    """A checkpoint's directory, its weights taken away."""
-    directory = tmp_path / "bare"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    return directory
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model_comes_from_memory_when_its_files_are_gone(
     family: str, device: str, tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
 ) -> None:
     directory = tiny_checkpoint(family, is_fused=family in ("gpt_oss", "llama4", "qwen3_5_moe"))
-    right = content_of(directory)
-    with keep(directory).loader(bare) as loader:
+    right, kept = content_of(directory), keep(directory)
+    with kept.loader(bare) as loader:
         loaded = loader.load(device=device)
+    assert loader.content_digest == kept.content_digest.hex()
     assert differing(loaded, right) == []
     assert {tensor.device.type for tensor in loaded.values()} == {torch.device(device).type}
     assert loader.report.bytes_by_source["local"] > 0
@@ -156,6 +106,30 @@ def test_only_what_is_wanted_moves(tiny_checkpoint: Callable[..., Path], keep: C
     assert loader.report.bytes_by_source["local"] == int(kept.manifest.nbytes[5:10].sum())
 
 
+def test_progress_is_told_as_tensors_are_handed_out_and_a_callback_that_fails_stops_no_start(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transfer.client.loader.PROGRESS_INTERVAL_S", 0.0)
+    directory = tiny_checkpoint("qwen3_moe")
+    kept = keep(directory, "experts")  # the others come of the files
+    told: list[LoadReport] = []
+
+    def fail(report: LoadReport) -> None:
+        told.append(report)
+        if len(told) == 3:
+            raise RuntimeError("the console is gone")
+
+    with kept.loader(directory) as loader:
+        loader.load(progress=told.append)
+        numbers = [report.tensors for report in told]
+        assert numbers == sorted(numbers)
+        assert len(set(numbers)) > 10
+        assert told[-1] == loader.report
+        told.clear()
+        assert differing(loader.load(progress=fail), content_of(directory)) == []
+    assert len(told) == 3
+
+
 def test_a_block_that_is_wrong_in_the_segment_comes_from_elsewhere(
     tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
 ) -> None:
@@ -200,6 +174,7 @@ def test_files_of_other_weights_than_the_nodes_keep_are_loaded_alone(
     save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with kept.loader(other) as loader:
         assert differing(loader.load(), content_of(other)) == []
+        assert loader.content_digest is None, "that of the node is another's"
     assert loader.report.bytes_by_source["local"] == 0
     assert any("nothing is taken of it" in note or "not the checkpoint" in note for note in loader.report.notes)
 
@@ -236,23 +211,3 @@ def test_what_other_nodes_keep_comes_from_them_and_then_from_the_files(
     with Loader(nodes.urls[0], checkpoint=tiny_qwen3_moe, model="qwen") as loader:
         assert differing(loader.load(), right) == []
     assert loader.report.bytes_by_source["peer"] == 0
-
-
-def test_transformers_builds_a_model_of_it_in_one_call(
-    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
-) -> None:
-    """As docs/loading.md says."""
-    transformers = pytest.importorskip("transformers")
-    directory = tiny_checkpoint("qwen3_moe")
-    shutil.copy(directory / "config.json", bare)
-    kind, config = transformers.Qwen3MoeForCausalLM, transformers.AutoConfig.from_pretrained(bare)
-    with keep(directory).loader(bare) as loader:
-        built = kind.from_pretrained(None, config=config, state_dict=loader.load(), dtype="auto")
-        attachment = loader._around.segment.attachment
-        assert attachment is not None
-        begin, end = attachment._address, attachment._address + attachment.nbytes
-        mapped = [name for name, parameter in built.named_parameters() if begin <= parameter.data_ptr() < end]
-        assert any("self_attn" in name for name in mapped), "what it does not put together anew is not copied"
-        tokens = torch.arange(10)[None]
-        right = kind.from_pretrained(directory, dtype="auto")
-        assert torch.equal(built(tokens).logits, right(tokens).logits)
