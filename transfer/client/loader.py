@@ -134,6 +134,15 @@ class Loader:
 
     # -- loading ---------------------------------------------------------------------------------------------
 
+    def find(self) -> Manifest | None:
+        """Look around, and load nothing: the manifest of what may be taken from memory. None where all would come from
+        the files; `report.notes` says why.
+        """
+        count = _Count(self, None)
+        manifest = self._find(count.tally)
+        count.tell()
+        return manifest
+
     def load(
         self, wanted: Wanted | None = None, *, device: str = CPU, progress: Progress | None = None
     ) -> dict[str, torch.Tensor]:
@@ -341,7 +350,7 @@ class _Count:
     def end(self) -> None:
         self.tell()
         report = self._loader.report
-        said = ", ".join(f"{nbytes / 1e9:.2f} GB from {kind}" for kind, nbytes in report.bytes_by_source.items())
+        said = ", ".join(f"{nbytes / 1e9:.3g} GB from {kind}" for kind, nbytes in report.bytes_by_source.items())
         _log.info("loaded %d tensors in %.2f s: %s", report.tensors, report.seconds, said)
         for note in report.notes:
             _log.warning("loaded, but: %s", note)
