@@ -139,7 +139,7 @@ class Loader:
         the files; `report.notes` says why.
         """
         count = _Count(self, None)
-        manifest = self._find(count.tally)
+        manifest = self._find(count.tally, self._around.told_manifest)
         count.tell()
         return manifest
 
@@ -167,20 +167,28 @@ class Loader:
         used. Nothing else that a node, a segment, a peer or a file does is raised while the others have what is wanted.
         """
         count = _Count(self, progress)
+        had_files, is_all = self._disk.has_files, wanted is None
         wanted = wanted or (lambda _: True)
-        manifest = self._find(count.tally)
+        manifest = self._find(count.tally, self._around.manifest)
         catalogue = None if manifest is None else Catalogue(manifest, wanted)
         if manifest is not None and catalogue is not None:
             yield from self._from_memory(manifest, catalogue, device, count, window_nbytes)
-        yield from self._from_files(catalogue.all_names if catalogue else frozenset(), wanted, device, count)
+        known = catalogue.all_names if catalogue else frozenset()
+        if not self._disk.has_files:
+            self._check_without_files(manifest, had_files=had_files, is_all=is_all, notes=count.tally.notes)
+        else:
+            yield from self._from_files(known, wanted, device, count)
         count.end()
 
-    def _find(self, tally: Tally) -> Manifest | None:
-        """Look around; the manifest of what may be taken from memory, None where nothing may."""
+    def _find(self, tally: Tally, elsewhere: Callable[[Tally], Manifest | None]) -> Manifest | None:
+        """Look around; the manifest of what may be taken from memory, None where nothing may.
+
+        Without a segment on this host it is what `elsewhere` gives.
+        """
         if (host := self._around.ask_node(tally)) is not None:
             self._lease.suggest_host(host)
         attachment = self._around.attach(None, tally)
-        manifest = attachment.manifest if attachment is not None else self._around.manifest(tally)
+        manifest = attachment.manifest if attachment is not None else elsewhere(tally)
         if manifest is not None and self._disk.has_files:
             try:
                 self._disk.of(manifest, self._around.content)
@@ -294,12 +302,24 @@ class Loader:
 
     # -- from files ------------------------------------------------------------------------------------------
 
+    def _check_without_files(
+        self, manifest: Manifest | None, *, had_files: bool, is_all: bool, notes: Sequence[str]
+    ) -> None:
+        """Raise RestoreError if something that only files have was wanted."""
+        if had_files:
+            raise RestoreError(
+                "the checkpoint's files went away in the middle of the load: put them back, and load again"
+            )
+        if manifest is None:
+            raise RestoreError(f"nothing can be loaded: {'; '.join(notes)}, and there are no files")
+        if is_all and manifest.include != "all":
+            raise RestoreError(
+                "the nodes keep the experts alone, and there are no files to take the rest from: start the nodes with "
+                "--include all, put the files back, or ask for the experts by name"
+            )
+
     def _from_files(self, known: frozenset[str], wanted: Wanted, device: str, count: _Count) -> Iterator[Named]:
         """What no block has: dense tensors, unless the nodes keep those too; or everything, without nodes."""
-        if not self._disk.has_files:
-            if not known:
-                raise RestoreError(f"nothing can be loaded: {'; '.join(count.tally.notes)}, and there are no files")
-            return
         from safetensors import SafetensorError, safe_open
 
         for path in self._disk.files():

@@ -34,6 +34,7 @@ Original = Callable[..., Iterator[Named]]
 
 FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor")
 """Of SGLang's `--load-format`, those that read all *.safetensors files of a directory."""
+FILES = "*.safetensors"
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")  # what configurations call it
 RELOAD_WINDOW_NBYTES = 128 << 20  # beside an engine that serves, which has taken the GPU's memory
@@ -128,9 +129,12 @@ def _from_memory(
             transport=os.environ.get("HOTSPARE_TRANSPORT") or "tcp",
         )
         manifest = ours.find()
-        if manifest is None or not _is_of(source.model_config, manifest, directory):
+        reason = "; ".join(ours.report.notes) if manifest is None else None
+        if manifest is not None and not any(directory.glob(FILES)):
+            reason = _why_not(manifest, source.model_config, reload)
+        if reason is not None:
             ours.close()
-            _log.warning("loaded from disk: %s", "; ".join(ours.report.notes) or "the nodes keep another model")
+            _log.warning("loaded from disk: %s", reason)
             return None
     except Exception as error:  # whatever is wrong here, a start goes on
         _log.warning("loaded from disk: %s", told(error))
@@ -155,20 +159,22 @@ def _directory(loader: Any, source: Any) -> Path | None:
         if found is None:
             return None
         directory = found
-    if any(directory.glob("*.safetensors")):
+    if any(directory.glob(FILES)):
         return directory
     is_bare = not any(any(directory.glob(pattern)) for pattern in OTHER_WEIGHTS)
     return directory if is_local and is_bare else None  # of the hub's, what is not there is yet to be downloaded
 
 
-def _is_of(model_config: Any, manifest: Manifest, directory: Path) -> bool:
-    """Whether a manifest can be of the model that is configured: files have proved it, a bare directory cannot."""
-    if any(directory.glob("*.safetensors")):
-        return True
-    config = getattr(model_config, "hf_text_config", model_config.hf_config)
-    experts = {count for name in EXPERT_COUNTS if isinstance(count := getattr(config, name, None), int)}
-    held = {key.layer: key.expert + 1 for key in manifest.keys if key.expert >= 0}
-    return (not experts or max(held.values()) in experts) and len(held) <= config.num_hidden_layers + 1
+def _why_not(manifest: Manifest, model_config: Any, reload: Reload | None) -> str | None:
+    """Why a model is not to be loaded from memory alone. Files would prove which it is; a bare directory cannot."""
+    config = getattr(model_config, "hf_text_config", None) or model_config.hf_config
+    wanted = {count for name in EXPERT_COUNTS if isinstance(count := getattr(config, name, None), int)}
+    experts = max((key.expert + 1 for key in manifest.keys), default=0)
+    if wanted and experts not in wanted:
+        return f"the nodes keep a model of {experts} experts a layer, and this one has {max(wanted)}"
+    if manifest.include != "all" and (reload is None or reload.wanted is None):
+        return "the nodes keep its experts alone: start them with --include all, or put the files back"
+    return None
 
 
 # -- handing out ------------------------------------------------------------------------------------------------------
