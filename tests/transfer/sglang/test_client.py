@@ -78,6 +78,7 @@ class Rank:
         shared: int = 0,
     ) -> None:
         self.stored, self.placement = stored, {layer: list(row) for layer, row in placement.items()}
+        self.ep_rank, self.ep_size = ep_rank, ep_size
         self.logical = 1 + max(int(NAME.fullmatch(name)["expert"]) for name in stored)  # type: ignore[index]
         physical = len(next(iter(placement.values())))
         share = physical // ep_size
@@ -141,7 +142,7 @@ def expect(
     stored: Stored | None = None,
 ) -> None:
     """The oracle: put every wanted tensor where SGLang's client would, gate above up."""
-    share = len(next(iter(rank.placement.values()))) // rank.runner.moe_ep_size
+    share = len(next(iter(rank.placement.values()))) // rank.ep_size
     for name, right in rank.stored.items():
         tensor = right if stored is None else stored[name].view(right.shape)
         found = NAME.fullmatch(name)
@@ -150,7 +151,7 @@ def expect(
             continue
         part = "w2" if found["part"] == "down_proj" else "w13"
         for physical in rank.logical_to_all_physical(int(found["layer"]), int(found["expert"])):
-            if physical // share != rank.runner.moe_ep_rank:
+            if physical // share != rank.ep_rank:
                 continue
             slot = into[f"{found['stem']}.{part}_{found['kind']}"][physical % share]
             rows = tensor.shape[0]
@@ -291,6 +292,51 @@ def test_experts_that_were_placed_anew_are_proved_but_for_those_that_sglang_says
     else:
         assert differing(rank, expected) == []
         assert (rank.reloaded, backup.use_backup) == ([], True)
+
+
+@pytest.mark.parametrize(("was", "size"), [(2, 3), (3, 2), (2, 5)])
+def test_ranks_that_came_or_went_since_the_start_change_whose_slots_these_are(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+    was: int,
+    size: int,
+) -> None:
+    """SGLang widens its placement, and what a process was launched with stays as it was."""
+    url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
+    rank = Rank(moe, shuffled(7 * was), 1, was)
+    backup = client(rank, url)
+    rank.placement, rank.ep_size = {layer: list(row) for layer, row in shuffled(7 * size).items()}, size
+    expected = copies(rank)
+    expect(rank, expected)
+    rank.lose()
+    backup.update_weights()
+    assert differing(rank, expected) == []
+    assert rank.reloaded == []
+
+
+def test_a_rank_that_joins_later_has_the_share_that_its_modules_name(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+) -> None:
+    """It was launched as the only one of its kind, with an offset."""
+    url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
+    rank = Rank(moe, shuffled(24), 2, 3)
+    rank.runner.moe_ep_rank, rank.runner.moe_ep_size = 0, 1
+    for module in rank.runner.model.modules():
+        if hasattr(module, "w13_weight"):
+            module._expert_storage_rank = 2
+    expected = copies(rank)
+    backup = client(rank, url)
+    rank.lose()
+    backup.update_weights()
+    assert differing(rank, expected) == []
+    assert rank.reloaded == []
 
 
 def test_weights_without_scales_go_the_same_way(
@@ -546,7 +592,7 @@ def test_what_cannot_be_filled_is_loaded_by_sglang(
     if breaking == "a marked parameter":
         next(rank.runner.model.parameters()).is_shuffled = True
     elif breaking == "ranks":
-        rank.runner.moe_ep_size = 3
+        rank.ep_size = 3
     elif breaking == "a draft's layer":
         rank.runner.model.model.decoder = rank.runner.model.model.layers.get_submodule("3")
         del rank.runner.model.model.layers._modules["3"]
