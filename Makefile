@@ -11,7 +11,7 @@ PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check mutate soak calls floors sglang bench fmt openapi clean
+.PHONY: help setup demo test check mutate soak calls floors sglang engines bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
@@ -25,6 +25,7 @@ help:
 	@echo "make calls    thousands of generated API calls (downloads 40 MB; EXAMPLES=, SEED=)"
 	@echo "make floors   the core of the tests with the lowest versions of dependencies"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
+	@echo "make engines  whole SGLang servers, some 15 minutes (downloads the same)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv"
 	@echo "make clean    remove .venv, caches and builds"
@@ -75,6 +76,9 @@ $(SGLANG)/.set-up: tests/sglang/requirements.txt | $(STAMP)
 
 sglang: setup $(SGLANG)/.set-up
 	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/sglang
+
+engines: setup $(SGLANG)/.set-up
+	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/engines/sglang -s
 
 # schemathesis pins versions of its own: beside .venv and not in it. EXAMPLES=2000 makes some 30,000 calls.
 SCHEMATHESIS := build/schemathesis
