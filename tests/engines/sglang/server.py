@@ -21,14 +21,39 @@ START_DEADLINE_S = 600.0  # some 60 s on an idle machine with two cores
 ANSWER_DEADLINE_S = 300.0
 PROMPTS = ([5, 6, 7, 8, 9, 10], [100, 200, 300, 400], [*[17] * 12, 3])
 TOKENS = 16
-STUBS = ROOT / "tests/sglang/stubs"
 PLUGIN = Path(__file__).with_name("plugin")
 
-CPU = ("--device", "cpu", "--attention-backend", "torch_native")
-CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+
+class Device(NamedTuple):
+    """Where a server runs: its arguments, its variables, and where stand-ins lie for what is not installed there."""
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    paths: Sequence[Path]
+
+
+CPU = Device(
+    ("--device", "cpu", "--attention-backend", "torch_native"),
+    {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+    (ROOT / "tests/sglang/stubs",),
+)
+GPU = Device(
+    (
+        *("--device", "cuda", "--attention-backend", "triton", "--sampling-backend", "pytorch"),
+        *("--moe-runner-backend", "triton", "--grammar-backend", "none"),
+        *("--disable-cuda-graph", "--disable-custom-all-reduce", "--disable-overlap-schedule"),
+    ),
+    {
+        "SGLANG_IS_FLASHINFER_AVAILABLE": "false",
+        "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+    },
+    (),
+)
+"""An H100: nothing of flashinfer is needed so, nor of what captures graphs."""
 SMALL = (
     *("--skip-tokenizer-init", "--disable-radix-cache", "--max-total-tokens", "2048"),
-    *("--mem-fraction-static", "0.1", "--host", "127.0.0.1"),
+    *("--mem-fraction-static", "0.3", "--host", "127.0.0.1"),
 )
 
 
@@ -41,17 +66,17 @@ class Server:
     """`python -m sglang.launch_server`, killed with its children by `close`."""
 
     def __init__(
-        self, model: Path, port: int, log: Path, *more: str, environment: Mapping[str, str], device: Sequence[str] = CPU
+        self, model: Path, port: int, log: Path, *more: str, environment: Mapping[str, str], device: Device = CPU
     ) -> None:
         self.log = log
         self._url = f"http://127.0.0.1:{port}"
         self._began_s = time.monotonic()
-        surroundings = {**os.environ, **CPU_ENVIRONMENT, "SGLANG_HOST_IP": "127.0.0.1", "MC_FORCE_TCP": "1"}
-        paths = [str(PLUGIN), str(STUBS), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        surroundings = {**os.environ, **device.environment, "SGLANG_HOST_IP": "127.0.0.1", "MC_FORCE_TCP": "1"}
+        paths = [str(PLUGIN), *map(str, device.paths), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
         with log.open("wb") as out:
             self._process = subprocess.Popen(
-                [*command, *device, *SMALL, *more],
+                [*command, *device.arguments, *SMALL, *more],
                 env={**surroundings, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **environment},
                 stdout=out,
                 stderr=subprocess.STDOUT,
