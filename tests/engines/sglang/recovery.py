@@ -6,12 +6,23 @@ import json
 import time
 from pathlib import Path
 
+from tests.engines.sglang import tiny
 from tests.engines.sglang.server import PROMPTS, Answer, Server
 from tests.processes import wait_until
 
 BOUND = "experts come back from Hotspare's memory"
 REFUSED = "lost experts will be loaded by SGLang"
 DEADLINE_S = 300.0
+SUMMED_OTHERWISE = 0.05
+"""Of logprobs in bf16, at most: other ranks add up other experts' shares. Slots are compared to the byte."""
+
+TWICE = json.dumps({"physical_to_logical_map": [[e for e in range(tiny.EXPERTS) for _ in range(2)]] * tiny.LAYERS})
+ELASTIC = (
+    *("--tp", "2", "--ep-size", "2", "--enable-eplb", "--elastic-ep-backend", "nixl", "--moe-runner-backend", "triton"),
+    *("--ep-num-redundant-experts", str(tiny.EXPERTS), "--init-expert-location", TWICE),
+    *("--eplb-rebalance-num-iterations", "100000", "--ep-dispatch-algorithm", "dynamic"),
+)
+"""Every expert twice, both times on the same rank: who loses a rank has its experts nowhere else."""
 
 
 class Recovery:
