@@ -12,8 +12,6 @@ import os
 HOOK_REGISTRY = "sglang.srt.plugins.hook_registry"
 CLIENT = "sglang.srt.elastic_ep.expert_backup_client.ExpertBackupClient"
 MANAGER = "sglang.srt.elastic_ep.expert_backup_manager.run_expert_backup_manager"
-
-
 WEIGHTS = "sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator"
 ALL_WEIGHTS = "sglang.srt.model_loader.loader.DefaultModelLoader._get_all_weights"
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"

@@ -14,8 +14,8 @@ from typing import Any
 from transfer.sglang.engine import EXPERT_LOCATION, NameFilter
 from transfer.slots.layouts import expert_name, fused_name
 
-DROPPED_ALONE = (".weight", ".weight_scale_inv")
-"""Tensors that no other rank has a use for. Of some others, such as scales of activations, every rank keeps all."""
+KEPT_ALONE = (".weight", ".weight_scale_inv", ".weight_scale", ".weight_packed", ".weight_shape")
+"""Tensors that only a rank with a slot for the expert keeps. Of scales of activations every rank keeps all."""
 
 Held = Mapping[tuple[str, int], Collection[int]]
 """(what the names of a stack begin with, layer) → the logical experts that have a slot here."""
@@ -32,7 +32,7 @@ def of_rank(model: Any) -> NameFilter:
 
 def _is_wanted(held: Held, name: str) -> bool:
     found = expert_name(name)
-    if found is None or not name.endswith(DROPPED_ALONE):
+    if found is None or not name.endswith(KEPT_ALONE):
         return True
     experts = held.get((found.stack, found.layer))
     return experts is None or found.expert in experts

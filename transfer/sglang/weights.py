@@ -85,8 +85,8 @@ def load_from_memory(original: Original, loader: Any, source: Any, **options: An
     tensors = _from_memory(loader, source, model, reload, lambda: original(loader, source, **options))
     if tensors is None:
         tensors = original(loader, source, **options)
-    elif loader.load_config.draft_model_idx is not None:
-        tensors = loader._filter_mtp_weights(tensors, source.prefix, loader.load_config.draft_model_idx)
+    elif (draft := getattr(loader.load_config, "draft_model_idx", None)) is not None:
+        tensors = loader._filter_mtp_weights(tensors, source.prefix, draft)
     elif source.prefix:
         tensors = ((source.prefix + name, tensor) for name, tensor in tensors)
     return tensors if reload is None or reload.deadline_s is None else _until(reload.deadline_s, tensors)

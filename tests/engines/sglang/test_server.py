@@ -99,8 +99,9 @@ def test_without_a_node_it_starts_from_disk(launch: Callable[..., Server], tmp_p
 def test_a_lost_rank_is_recovered_with_the_files_away_and_the_node_dead(
     launch: Callable[..., Server], keep: Callable[[Path], Any], tmp_path: Path, kind: str, layout: str
 ) -> None:
-    """SGLang's own recovery. Where a kernel has rearranged weights SGLang loads them again, and DeepSeek those alone that
-    are lost: as processing rearranges the others a second time, all are loaded then."""
+    """SGLang's own recovery. Where a kernel has rearranged weights SGLang loads lost ones again; as it rearranges those
+    of DeepSeek that were not lost a second time, all are loaded then. Of Qwen3 it wants all in any case.
+    """
     model = tiny.write(tmp_path / "model", kind)
     shutil.copy(model / WEIGHTS, tmp_path / "right.safetensors")
     node = keep(model)

@@ -68,7 +68,7 @@ def test_experts_are_wanted_where_they_are_placed_in_each_layer(place: Callable[
     place({0: [0, 1, 2, 3, 4, 5, 0, 1], 1: [5, 4, 3, 2, 1, 0, 5, 5]})
     root = model(layer0=Experts(0), layer1=Experts(1))
     assert wanted(root, 0) == [0, 1, 4, 5]
-    assert wanted(root, 1, "gate_proj.weight_scale_inv") == [0, 1, 5]
+    assert wanted(root, 1, "gate_proj.weight_scale_inv") == wanted(root, 1, "up_proj.weight_packed") == [0, 1, 5]
 
 
 def test_without_a_placement_a_rank_has_its_range(place: Callable[..., None]) -> None:
