@@ -21,7 +21,7 @@ download() {
 
 # Of SGLang's list, what that machine has not got already; then what Hotspare imports; then the kernels and Mooncake.
 grep -vE '^#|^(triton|pillow|sentencepiece|einops|uvloop)=' "$root/tests/sglang/requirements.txt" >"$out/wanted.txt"
-grep -E '^(annotated-doc|annotated-types|fastapi|opentelemetry-api|orjson|posix_ipc|prometheus_client|pydantic|pydantic_core|starlette|typer|typing-inspection|uvicorn|xxhash)==' \
+grep -E '^(annotated-doc|annotated-types|fastapi|httpcore2|httpx2|opentelemetry-api|orjson|posix_ipc|prometheus_client|pydantic|pydantic_core|starlette|truststore|typer|typing-inspection|uvicorn|xxhash)==' \
     "$root/constraints.txt" >>"$out/wanted.txt"
 echo 'sglang-kernel==0.4.5' >>"$out/wanted.txt" # the last whose library loads beside torch 2.11
 echo 'mooncake-transfer-engine-cuda13==0.3.14' >>"$out/wanted.txt"
