@@ -217,6 +217,24 @@ def test_the_model_that_is_loaded_into_says_what_is_not_wanted(
     assert differing(loaded, {name: tensor for name, tensor in right.items() if ".experts.3." not in name}) == []
 
 
+class OnGPU(torch.nn.Module):
+    """A model whose parameters are said to lie on a GPU."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield types.SimpleNamespace(device=torch.device("cuda:77"))
+
+
+def test_where_the_gpu_takes_nothing_tensors_come_through_the_processors_memory(
+    nodes: Callable[..., Any], model: Path, right: Tensors, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes()
+    loader, into = OwnLoader(), OnGPU()  # which no machine has
+    remember_model(lambda *_: iter(()), loader, None, into)
+    assert differing(loader.load(source_of(model)), right) == []
+    assert loader.own_loads == 0
+    assert "after 0 tensors loading from memory failed" in caplog.text
+
+
 class Updater:
     """SGLang's weight updater: it filters what the iterator gives, and says whether it went well."""
 
