@@ -4,8 +4,8 @@ SGLang asks `use_backup` when experts were lost, then either calls `update_weigh
 `use_backup` is true while the rank's slots are bound and the model's manifest is known. What memory does not have is
 read from the checkpoint, those experts and no others; what that does not have either, SGLang is asked to reload, so
 that `update_weights` returns with every slot good. It raises RuntimeError, as SGLang's own client does, only when that
-failed too: a slot would hold another expert. Where slots cannot be filled at all `use_backup` is true as well, and SGLang
-is always asked to reload: its weights come from memory then, too (`weights`).
+failed too: a slot would hold another expert. Where slots cannot be filled at all `use_backup` is true as well, and
+SGLang is always asked to reload: its weights come from memory then, too (`weights`).
 """
 
 from __future__ import annotations
