@@ -36,7 +36,7 @@ for wheel in "$out"/wheels/*.whl; do
             '*.libs/libyaml*' '*.libs/libjsoncpp*' '*.libs/libglog*' '*.libs/libgflags*' '*.libs/libunwind*' '*.dist-info/*' \
             -d "$out/site"
         ;;
-    *) unzip -qo "$wheel" -x '*.data/scripts/*' -d "$out/site" ;;
+    *) unzip -qo "$wheel" -d "$out/site" ;;
     esac
 done
 
@@ -47,5 +47,5 @@ printf 'Metadata-Version: 2.1\nName: hotspare\nVersion: 0.1.0\n' >"$out/site/hot
 printf '[sglang.srt.plugins]\nhotspare = transfer.sglang.plugin:register\n' \
     >"$out/site/hotspare-0.1.0.dist-info/entry_points.txt"
 find "$out/site" -name __pycache__ -prune -exec rm -rf {} +
-tar -C "$out/site" -c . | xz -T2 -8 >"$out/site.tar.xz"
+tar -C "$out/site" -c . | xz -T2 -3 >"$out/site.tar.xz"
 du -h "$out/site.tar.xz"
