@@ -11,7 +11,7 @@ PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check mutate soak calls floors sglang engines-vllm bench fmt openapi clean
+.PHONY: help setup demo test check mutate soak calls floors sglang engines engines-sglang engines-vllm bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
@@ -25,7 +25,7 @@ help:
 	@echo "make calls    thousands of generated API calls (downloads 40 MB; EXAMPLES=, SEED=)"
 	@echo "make floors   the core of the tests with the lowest versions of dependencies"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
-	@echo "make engines-vllm  a whole vLLM, started from memory (downloads 0.6 GB)"
+	@echo "make engines  whole servers: engines-sglang (15 minutes), engines-vllm (downloads 0.6 GB)"
 	@echo "make openapi  write openapi/openapi.json"
 	@echo "make setup    build .venv"
 	@echo "make clean    remove .venv, caches and builds"
@@ -76,6 +76,11 @@ $(SGLANG)/.set-up: tests/sglang/requirements.txt | $(STAMP)
 
 sglang: setup $(SGLANG)/.set-up
 	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/sglang
+
+engines: engines-sglang engines-vllm
+
+engines-sglang: setup $(SGLANG)/.set-up
+	@PYTHONPATH=$(abspath $(SGLANG)) $(BIN)/python -m pytest tests/engines/sglang -s
 
 # A whole vLLM for CPUs, in an environment of its own: it wants other versions than ours of much.
 ENGINES_VLLM := build/engines-vllm

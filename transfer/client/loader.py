@@ -147,6 +147,15 @@ class Loader:
 
     # -- loading ---------------------------------------------------------------------------------------------
 
+    def find(self) -> Manifest | None:
+        """Look around, and load nothing: the manifest of what may be taken from memory. None where all would come from
+        the files; `report.notes` says why.
+        """
+        count = _Count(self, None)
+        manifest = self._find(count.tally, self._around.told_manifest)
+        count.tell()
+        return manifest
+
     def load(
         self, wanted: Wanted | None = None, *, device: str = CPU, progress: Progress | None = None
     ) -> dict[str, torch.Tensor]:
@@ -173,24 +182,32 @@ class Loader:
         then all cannot be asked for, and of what is wanted the experts come (`LoadReport.is_whole`).
         """
         count = _Count(self, progress)
-        manifest = self._find(count.tally)
+        had_files = self._disk.has_files
+        manifest = self._find(count.tally, self._around.manifest)
         self._has_memory = manifest is not None
-        count.is_whole = self._disk.has_files or (manifest is not None and manifest.include == EVERYTHING)
+        count.is_whole = had_files or (manifest is not None and manifest.include == EVERYTHING)
         if wanted is None and manifest is not None and not count.is_whole:
             raise RestoreError(EXPERTS_ALONE)
         wanted = wanted or (lambda _: True)
         catalogue = None if manifest is None else Catalogue(manifest, wanted)
         if manifest is not None and catalogue is not None:
             yield from self._from_memory(manifest, catalogue, device, count, window_nbytes)
-        yield from self._from_files(catalogue.all_names if catalogue else frozenset(), wanted, device, count)
+        known = catalogue.all_names if catalogue else frozenset()
+        if not self._disk.has_files:
+            _check_without_files(manifest, count.tally.notes, had_files=had_files)
+        else:
+            yield from self._from_files(known, wanted, device, count)
         count.end()
 
-    def _find(self, tally: Tally) -> Manifest | None:
-        """Look around; the manifest of what may be taken from memory, None where nothing may."""
+    def _find(self, tally: Tally, elsewhere: Callable[[Tally], Manifest | None]) -> Manifest | None:
+        """Look around; the manifest of what may be taken from memory, None where nothing may.
+
+        Without a segment on this host it is what `elsewhere` gives.
+        """
         if (host := self._around.ask_node(tally)) is not None:
             self._lease.suggest_host(host)
         attachment = self._around.attach(None, tally)
-        manifest = attachment.manifest if attachment is not None else self._around.manifest(tally)
+        manifest = attachment.manifest if attachment is not None else elsewhere(tally)
         if manifest is not None and self._disk.has_files:
             try:
                 self._disk.of(manifest, self._around.content)
@@ -306,10 +323,6 @@ class Loader:
 
     def _from_files(self, known: frozenset[str], wanted: Wanted, device: str, count: _Count) -> Iterator[Named]:
         """What no block has: dense tensors, unless the nodes keep those too; or everything, without nodes."""
-        if not self._disk.has_files:
-            if not known:
-                raise RestoreError(f"nothing can be loaded: {'; '.join(count.tally.notes)}, and there are no files")
-            return
         from safetensors import SafetensorError, safe_open
 
         for path in self._disk.files():
@@ -322,6 +335,14 @@ class Loader:
                             yield from count.each([(name, tensor)])
             except (SafetensorError, OSError) as error:
                 raise RestoreError(f"{path} cannot be read: {error}; download it again") from error
+
+
+def _check_without_files(manifest: Manifest | None, notes: Sequence[str], *, had_files: bool) -> None:
+    """Raise RestoreError if something that only files have was wanted, and they are not there."""
+    if had_files:
+        raise RestoreError("the checkpoint's files went away in the middle of the load: put them back, and load again")
+    if manifest is None:
+        raise RestoreError(f"nothing can be loaded: {'; '.join(notes)}, and there are no files")
 
 
 class _Count:

@@ -82,11 +82,17 @@ class Surroundings:
 
     def manifest(self, tally: Tally) -> Manifest | None:
         """Of the model, without a segment: as a node tells it, else as the files do."""
+        if (manifest := self.told_manifest(tally)) is not None:
+            return manifest
+        checkpoint = tally.attempt(self._disk.named, self._model)
+        return None if checkpoint is None else checkpoint.manifest
+
+    def told_manifest(self, tally: Tally) -> Manifest | None:
+        """Of the model, as a node tells it."""
         for url in self._control.urls[:URLS_ASKED_MAX]:
             if (manifest := tally.attempt(self._control.manifest, url)) is not None:
                 return manifest
-        checkpoint = tally.attempt(self._disk.named, self._model)
-        return None if checkpoint is None else checkpoint.manifest
+        return None
 
     def find(self, bad: Collection[int], tally: Tally, ladder: Ladder) -> dict[int, Mapped]:
         """Where what a ladder misses is worth reading; `bad` are rows that were wrong in this host's memory."""

@@ -4,7 +4,8 @@ SGLang asks `use_backup` when experts were lost, then either calls `update_weigh
 `use_backup` is true while the rank's slots are bound and the model's manifest is known. What memory does not have is
 read from the checkpoint, those experts and no others; what that does not have either, SGLang is asked to reload, so
 that `update_weights` returns with every slot good. It raises RuntimeError, as SGLang's own client does, only when that
-failed too: a slot would hold another expert.
+failed too: a slot would hold another expert. Where slots cannot be filled at all `use_backup` is true as well, and
+SGLang is always asked to reload: its weights come from memory then, too (`weights`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 from shm.errors import HotspareError
 from transfer.client.evidence import HowMuch, Lost
 from transfer.client.restorer import Restorer
+from transfer.errors import told
 from transfer.sglang.engine import Engine, NameFilter, SGLangEngine
 from transfer.sglang.kernels import sglang_layout
+from transfer.sglang.reloading import reload_experts
 from transfer.slots import Slots
 from transfer.slots.layouts import NO_EXPERT, SlotMismatch, expert_of, fused_name
 
@@ -61,6 +64,8 @@ class HotspareBackupClient:
         self.use_backup = False
         self._restorer = restorer
         self._bound: Any = None
+        self._refused: str | None = None
+        """Why no slot can be filled, ever: SGLang loads again what is lost."""
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._preparing: threading.Thread | None = None
@@ -75,7 +80,7 @@ class HotspareBackupClient:
             )
         except Exception as error:
             self._engine = None
-            _log.warning("experts will be reloaded from disk: %s", _said(error))
+            _log.warning("experts will be reloaded from disk: %s", told(error))
             return
         self._prepare_in_background()
 
@@ -85,7 +90,7 @@ class HotspareBackupClient:
         Returns with each of them good. Raises RuntimeError if neither memory nor SGLang's own reload could bring them.
         """
         with self._lock:
-            missing = self._restore(weight_name_filter)
+            missing = self._restore(weight_name_filter) if self._refused is None else None
             if missing is None or missing:
                 self._reload(weight_name_filter, missing)
 
@@ -117,10 +122,10 @@ class HotspareBackupClient:
             except SlotMismatch as error:
                 reason, mismatches = str(error), mismatches + 1
                 if mismatches == MISMATCHES_MAX:
-                    _log.warning("experts will be reloaded from disk: %s", error)
+                    self._refuse(str(error))
                     return
             except Exception as error:
-                reason = _said(error)
+                reason = told(error)
             if reason is None:
                 _log.info("experts come back from Hotspare's memory")
                 return
@@ -128,6 +133,13 @@ class HotspareBackupClient:
                 _log.warning("until that is mended, experts are reloaded from disk: %s", reason)
             last = reason
             self._stopped.wait(RETRY_INTERVAL_S)
+
+    def _refuse(self, reason: str) -> None:
+        """Never fill a slot. SGLang loads what is lost, and is asked to by us: of a failure it says nothing itself."""
+        assert self._engine is not None
+        self._refused = reason
+        self.use_backup = self._engine.can_reload
+        _log.warning("lost experts will be loaded by SGLang, from memory where it has them: %s", reason)
 
     def _bind(self, lost: Lost = (), proof: HowMuch = "whole") -> str | None:
         """Bind the slots as they are placed now, if they are not; why no expert of it can be had, or None."""
@@ -147,7 +159,7 @@ class HotspareBackupClient:
             tp_size=tp_size,
             layout=layout,
         )
-        state = (placement, kernels, [(tensor.name, tensor.address) for tensor in slots.tensors])
+        state = (placement, engine.ep_rank, kernels, [(tensor.name, tensor.address) for tensor in slots.tensors])
         if state == self._bound:
             return None
         self._bound = None
@@ -177,15 +189,16 @@ class HotspareBackupClient:
                     return {(failed.key.layer, failed.key.expert) for failed in report.failed}
                 reason = report.failed[0].reason
         except Exception as error:  # an engine must survive whatever is wrong here
-            reason = _said(error)
+            reason = told(error)
         _log.warning("experts are reloaded from disk: %s", reason)
         self.use_backup = False
         self._prepare_in_background()
         return None
 
     def _reload(self, name_filter: NameFilter | None, missing: set[Key] | None) -> None:
-        """Have SGLang load from disk what memory did not have. Raises RuntimeError."""
-        what = "all experts" if missing is None else f"{len(missing)} experts, first {min(missing)}"
+        """Have SGLang load what could not be filled in, by way of `weights`. Raises RuntimeError."""
+        asked = "all experts" if name_filter is None else "the experts that were asked for"
+        what = asked if missing is None else f"{len(missing)} experts, first {min(missing)}"
         if self._engine is None:
             raise RuntimeError(f"{what} could not be restored: use_backup is False, reload them from disk")
 
@@ -197,20 +210,16 @@ class HotspareBackupClient:
             key = expert_of(name)
             return key in missing if key is not None else ".experts." in name  # one tensor for all experts
 
-        _log.warning("%s come from disk", what)
+        _log.warning("%s are loaded by SGLang", what)
         try:
-            self._engine.reload(wanted)
+            reload_experts(self._engine, wanted)
         except Exception as error:
-            raise RuntimeError(f"{what} could be had neither from memory nor from disk: {_said(error)}") from error
+            raise RuntimeError(f"{what} could be had neither from memory nor from disk: {told(error)}") from error
 
 
 def run_expert_backup_manager(server_args: Any, port_args: Any) -> None:
     """Takes the place of SGLang's function of that name, and starts nothing: the nodes keep the backup."""
     _log.info("expert weights are kept by Hotspare's nodes: no backup process is started")
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, HotspareError) else f"{type(error).__name__}: {error}"
 
 
 def _check_all_named(engine: Engine, parameters: Mapping[str, Any]) -> None:

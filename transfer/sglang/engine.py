@@ -18,6 +18,7 @@ from transfer.errors import RestoreError
 
 EXPERT_LOCATION = "sglang.srt.eplb.expert_location"
 RUNTIME_CONTEXT = "sglang.srt.runtime_context"  # from 0.5.18 on
+STORAGE_RANK = "_expert_storage_rank"  # of a module: which share of the physical experts it has, 0.5.23
 NO_WEIGHT_CACHE = "off"  # of --weight-cache-mode, 0.5.23
 
 NameFilter = Callable[[str], bool]
@@ -28,9 +29,15 @@ class Engine(Protocol):
     """What is asked of SGLang's process."""
 
     @property
-    def ep_rank(self) -> int: ...
+    def ep_rank(self) -> int:
+        """Which share of the physical experts lies here, as of now: ranks join and leave."""
+        ...
+
     @property
-    def ep_size(self) -> int: ...
+    def ep_size(self) -> int:
+        """Among how many ranks the physical experts are divided, as of now."""
+        ...
+
     @property
     def logical_count(self) -> int:
         """Logical experts of a layer."""
@@ -60,6 +67,11 @@ class Engine(Protocol):
 
     def checkpoint(self) -> Path | None:
         """The directory of the model's files on this host, if there is one."""
+        ...
+
+    @property
+    def can_reload(self) -> bool:
+        """Whether `reload` reaches anything."""
         ...
 
     def reload(self, name_filter: NameFilter) -> None:
@@ -94,7 +106,17 @@ class SGLangEngine:
         if moe_ep_size is None or moe_ep_rank is None:
             state = runner if model_runner is not None else importlib.import_module(RUNTIME_CONTEXT).get_parallel()
             moe_ep_size, moe_ep_rank = state.moe_ep_size, state.moe_ep_rank
-        self.ep_rank, self.ep_size = int(moe_ep_rank), int(moe_ep_size)
+        self._launched = int(moe_ep_rank), int(moe_ep_size)
+
+    @property
+    def ep_rank(self) -> int:
+        """Whose slots these are. A rank that joined later has one that its own launch does not know: its modules do."""
+        ranks = {int(getattr(module, STORAGE_RANK, self._launched[0])) for module in self.modules()}
+        return ranks.pop() if len(ranks) == 1 else self._launched[0]
+
+    @property
+    def ep_size(self) -> int:
+        return int(getattr(self._placement(), "ep_size", self._launched[1]))
 
     @property
     def logical_count(self) -> int:
@@ -106,11 +128,7 @@ class SGLangEngine:
 
     @property
     def has_shared_weights(self) -> bool:
-        source = self._server_args
-        if source is None:
-            with suppress(ImportError):  # releases without it have no weight cache either
-                source = importlib.import_module(RUNTIME_CONTEXT).get_model()
-        return getattr(source, "weight_cache_mode", NO_WEIGHT_CACHE) not in (NO_WEIGHT_CACHE, None)
+        return shares_weights(self._server_args if self._server_args is not None else model_settings())
 
     def parameters(self) -> Mapping[str, Any]:
         return dict(self._get_model().named_parameters())
@@ -127,12 +145,11 @@ class SGLangEngine:
             return None
         if Path(path).is_dir():
             return Path(path)
-        try:  # a name of the Hugging Face hub: what was downloaded lies in its cache
-            hub = importlib.import_module("huggingface_hub")
-            revision = getattr(self._model_config, "revision", None)
-            return Path(hub.snapshot_download(str(path), revision=revision, local_files_only=True))
-        except Exception:  # whatever is wrong with it, it has no files for us
-            return None
+        return hub_directory(str(path), getattr(self._model_config, "revision", None))
+
+    @property
+    def can_reload(self) -> bool:
+        return self._runner is not None
 
     def reload(self, name_filter: NameFilter) -> None:
         updater = getattr(self._runner, "weight_updater", self._runner)
@@ -151,6 +168,27 @@ class SGLangEngine:
         if metadata is None:
             raise InvalidInput("SGLang has no expert placement yet: the client is asked again later")
         return metadata
+
+
+def model_settings() -> Any:
+    """What SGLang was told of its model. None in releases before 0.5.18, which tell it nowhere."""
+    with suppress(ImportError):
+        return importlib.import_module(RUNTIME_CONTEXT).get_model()
+    return None
+
+
+def shares_weights(settings: Any) -> bool:
+    """Whether the weight cache is on, in such settings or in server arguments. Releases without one have none."""
+    return getattr(settings, "weight_cache_mode", NO_WEIGHT_CACHE) not in (NO_WEIGHT_CACHE, None)
+
+
+def hub_directory(name: str, revision: str | None) -> Path | None:
+    """What was downloaded of a model of the Hugging Face hub, in its cache on this host; None without any."""
+    try:
+        hub = importlib.import_module("huggingface_hub")
+        return Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception:  # whatever is wrong with it, it has no files for us
+        return None
 
 
 def _owner_of(get_model: Callable[[], Any] | None) -> Any:

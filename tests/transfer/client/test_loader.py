@@ -189,6 +189,35 @@ def test_without_a_node_and_a_segment_the_files_are_all(tiny_checkpoint: Callabl
             loader.load()
 
 
+def test_a_part_of_a_model_is_never_taken_for_the_whole(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
+) -> None:
+    """Dense tensors that nobody keeps, and files that are there when a load begins and not when it needs them."""
+    directory = tiny_checkpoint("qwen3_moe")
+    kept = keep(directory, "experts")
+    with kept.loader(bare) as loader:
+        with pytest.raises(RestoreError, match="the nodes keep experts alone"):
+            loader.load()
+        assert len(loader.load(lambda name: ".experts." in name)) == 45
+    shutil.copy(directory / "model.safetensors", bare)
+    with kept.loader(bare) as loader, pytest.raises(RestoreError, match="went away in the middle of the load"):
+        loader.load(lambda name: (bare / "model.safetensors").unlink(missing_ok=True) or True)
+
+
+def test_what_is_in_memory_is_found_before_anything_is_loaded(
+    tiny_checkpoint: Callable[..., Path], keep: Callable[..., Kept], bare: Path
+) -> None:
+    directory = tiny_checkpoint("qwen3_moe")
+    kept = keep(directory)
+    with kept.loader(bare) as loader:
+        assert loader.find() == kept.manifest
+    with kept.loader(tiny_checkpoint("mixtral")) as loader:
+        assert loader.find() is None
+        assert any("is not the checkpoint that the nodes keep" in note for note in loader.report.notes)
+    with Loader(NOBODY, checkpoint=directory) as loader:
+        assert loader.find() is None, "files are no memory"
+
+
 @pytest.mark.usefixtures("kept_engines")
 def test_what_other_nodes_keep_comes_from_them_and_then_from_the_files(
     tiny_qwen3_moe: Path, cluster: Callable[..., Any], bare: Path

@@ -18,6 +18,7 @@ from transfer.checkpoint.synth import write_checkpoint
 from transfer.sglang import plugin
 from transfer.sglang.client import HotspareBackupClient, run_expert_backup_manager
 from transfer.sglang.engine import EXPERT_LOCATION, RUNTIME_CONTEXT
+from transfer.sglang.weights import load_from_memory, reload_from_memory, remember_model
 
 pytestmark = pytest.mark.usefixtures("kept_engines")
 NOBODY = "http://127.0.0.1:9"
@@ -77,6 +78,7 @@ class Rank:
         shared: int = 0,
     ) -> None:
         self.stored, self.placement = stored, {layer: list(row) for layer, row in placement.items()}
+        self.ep_rank, self.ep_size = ep_rank, ep_size
         self.logical = 1 + max(int(NAME.fullmatch(name)["expert"]) for name in stored)  # type: ignore[index]
         physical = len(next(iter(placement.values())))
         share = physical // ep_size
@@ -140,7 +142,7 @@ def expect(
     stored: Stored | None = None,
 ) -> None:
     """The oracle: put every wanted tensor where SGLang's client would, gate above up."""
-    share = len(next(iter(rank.placement.values()))) // rank.runner.moe_ep_size
+    share = len(next(iter(rank.placement.values()))) // rank.ep_size
     for name, right in rank.stored.items():
         tensor = right if stored is None else stored[name].view(right.shape)
         found = NAME.fullmatch(name)
@@ -149,7 +151,7 @@ def expect(
             continue
         part = "w2" if found["part"] == "down_proj" else "w13"
         for physical in rank.logical_to_all_physical(int(found["layer"]), int(found["expert"])):
-            if physical // share != rank.runner.moe_ep_rank:
+            if physical // share != rank.ep_rank:
                 continue
             slot = into[f"{found['stem']}.{part}_{found['kind']}"][physical % share]
             rows = tensor.shape[0]
@@ -290,6 +292,51 @@ def test_experts_that_were_placed_anew_are_proved_but_for_those_that_sglang_says
     else:
         assert differing(rank, expected) == []
         assert (rank.reloaded, backup.use_backup) == ([], True)
+
+
+@pytest.mark.parametrize(("was", "size"), [(2, 3), (3, 2), (2, 5)])
+def test_ranks_that_came_or_went_since_the_start_change_whose_slots_these_are(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+    was: int,
+    size: int,
+) -> None:
+    """SGLang widens its placement, and what a process was launched with stays as it was."""
+    url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
+    rank = Rank(moe, shuffled(7 * was), 1, was)
+    backup = client(rank, url)
+    rank.placement, rank.ep_size = {layer: list(row) for layer, row in shuffled(7 * size).items()}, size
+    expected = copies(rank)
+    expect(rank, expected)
+    rank.lose()
+    backup.update_weights()
+    assert differing(rank, expected) == []
+    assert rank.reloaded == []
+
+
+def test_a_rank_that_joins_later_has_the_share_that_its_modules_name(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    moe: Stored,
+    client: Callable[..., HotspareBackupClient],
+) -> None:
+    """It was launched as the only one of its kind, with an offset."""
+    url = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, fill="disk").wait_ready().url
+    rank = Rank(moe, shuffled(24), 2, 3)
+    rank.runner.moe_ep_rank, rank.runner.moe_ep_size = 0, 1
+    for module in rank.runner.model.modules():
+        if hasattr(module, "w13_weight"):
+            module._expert_storage_rank = 2
+    expected = copies(rank)
+    backup = client(rank, url)
+    rank.lose()
+    backup.update_weights()
+    assert differing(rank, expected) == []
+    assert rank.reloaded == []
 
 
 def test_weights_without_scales_go_the_same_way(
@@ -463,7 +510,7 @@ def test_without_a_node_sglang_reloads_itself_until_one_is_there(
     wait_until(lambda: backup.use_backup, "found the node")
 
 
-def test_weights_that_a_kernel_rewrote_after_binding_are_left_to_sglang_for_good(
+def test_weights_that_a_kernel_rewrote_after_binding_are_loaded_by_sglang_from_then_on(
     serve: Callable[..., Any],
     free_port: Callable[[], int],
     moe_checkpoint: Path,
@@ -478,11 +525,13 @@ def test_weights_that_a_kernel_rewrote_after_binding_are_left_to_sglang_for_good
     assert rank.reloaded == [set(moe)]
     assert backup._preparing is not None
     backup._preparing.join(DEADLINE_S)
-    assert backup.use_backup is False
+    assert backup.use_backup, "so that we are asked"
+    backup.update_weights(lambda name: ".experts.3." in name)
+    assert rank.reloaded[1:] == [{name for name in moe if ".experts.3." in name}]
 
 
 @pytest.mark.parametrize("rewritten", ["rows in turn", "other weights", "one bit"])
-def test_slots_that_do_not_hold_the_models_bytes_are_left_to_sglang_for_good(
+def test_slots_that_do_not_hold_the_models_bytes_are_never_filled_but_loaded_by_sglang(
     serve: Callable[..., Any],
     free_port: Callable[[], int],
     moe_checkpoint: Path,
@@ -504,7 +553,12 @@ def test_slots_that_do_not_hold_the_models_bytes_are_left_to_sglang_for_good(
     assert backup._preparing is not None
     backup._preparing.join(20)
     assert not backup._preparing.is_alive()
-    assert backup.use_backup is False
+    before = copies(rank)
+    backup.update_weights(lambda name: ".experts.7." in name)
+    assert backup.use_backup
+    assert {name for names in rank.reloaded for name in names} == {name for name in moe if ".experts.7." in name}
+    expect(rank, before, lambda name: ".experts.7." in name)
+    assert differing(rank, before) == []
     assert f"slot 12 of {name} does not hold" in caplog.text or rewritten != "one bit"
     assert "the same bytes in another order" in caplog.text or rewritten != "rows in turn"
 
@@ -531,14 +585,14 @@ def test_experts_that_were_being_moved_while_they_were_looked_at_are_looked_at_a
 
 
 @pytest.mark.parametrize("breaking", ["a marked parameter", "ranks", "no experts", "a draft's layer", "other memory"])
-def test_what_cannot_be_filled_is_left_to_sglang_for_good(
+def test_what_cannot_be_filled_is_loaded_by_sglang(
     moe: Stored, client: Callable[..., HotspareBackupClient], wait_until: Callable[..., Any], breaking: str
 ) -> None:
     rank = Rank(moe, shuffled(16), 0, 2)
     if breaking == "a marked parameter":
         next(rank.runner.model.parameters()).is_shuffled = True
     elif breaking == "ranks":
-        rank.runner.moe_ep_size = 3
+        rank.ep_size = 3
     elif breaking == "a draft's layer":
         rank.runner.model.model.decoder = rank.runner.model.model.layers.get_submodule("3")
         del rank.runner.model.model.layers._modules["3"]
@@ -552,7 +606,11 @@ def test_what_cannot_be_filled_is_left_to_sglang_for_good(
     assert backup._preparing is not None
     backup._preparing.join(DEADLINE_S)
     assert not backup._preparing.is_alive()  # it does not try again
-    assert backup.use_backup is False
+    assert backup.use_backup, "SGLang asks us, and we ask it: of a load that failed it would say nothing itself"
+    rank.disk_answer = (False, "there are no files either")
+    if breaking not in ("no experts", "a draft's layer"):  # which the stand-in for SGLang does not know how to load
+        with pytest.raises(RuntimeError, match="there are no files either"):
+            backup.update_weights()
 
 
 @pytest.mark.parametrize(
@@ -579,7 +637,7 @@ def test_a_process_that_is_not_sglang_as_known_gets_no_exception(
 def test_the_plugin_changes_sglang_only_where_a_node_is_named(monkeypatch: pytest.MonkeyPatch, url: str | None) -> None:
     replaced: dict[str, Any] = {}
     hooks = types.ModuleType(plugin.HOOK_REGISTRY)
-    hooks.HookType = types.SimpleNamespace(REPLACE="replace")  # type: ignore[attr-defined]
+    hooks.HookType = types.SimpleNamespace(REPLACE="replace", AROUND="around")  # type: ignore[attr-defined]
     hooks.HookRegistry = types.SimpleNamespace(  # type: ignore[attr-defined]
         register=lambda target, hook, kind: replaced.update({target: (hook, kind)})
     )
@@ -592,6 +650,9 @@ def test_the_plugin_changes_sglang_only_where_a_node_is_named(monkeypatch: pytes
         {
             plugin.CLIENT: (HotspareBackupClient, "replace"),
             plugin.MANAGER: (run_expert_backup_manager, "replace"),
+            plugin.WEIGHTS: (load_from_memory, "around"),
+            plugin.ALL_WEIGHTS: (remember_model, "around"),
+            f"{plugin.RUNNER}.update_weights_from_disk": (reload_from_memory, "around"),  # here is no SGLang at all
         }
         if url
         else {}

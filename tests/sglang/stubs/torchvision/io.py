@@ -1,3 +1,3 @@
 """Nothing of it is used."""
 
-decode_jpeg = ImageReadMode = None
+decode_image = decode_jpeg = ImageReadMode = None
