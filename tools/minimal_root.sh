@@ -5,8 +5,7 @@
 #     make roots RUNS=trixie:somebody    one of them
 #
 # What is tried is the last commit, in a fresh copy of what debootstrap makes; the mounts and processes of a run are in
-# namespaces of its own, which end with it. pip finds in there what it finds here: its variables, its files, and the folders that
-# they name are carried along. Where the tree refuses to go on before root has run a command, exactly the command that it
+# namespaces of its own, which end with it. pip finds in there what it finds here: what it is told, and the folders that this names, are carried along. Where the tree refuses to go on before root has run a command, exactly the command that it
 # says is run, and it is asked again. Each run's output is in build/roots/RUN.log; what passed is printed.
 # It needs root, debootstrap, and 10 GB of disk.
 set -euo pipefail
@@ -28,15 +27,16 @@ base() {
     touch "$roots/$1.made"
 }
 
-# The files and folders that pip is configured by and with on this host.
+# What pip is told on this host, by variables and files, as one file.
+pip_configuration() {
+    echo "[global]"
+    python3 -m pip config list | sed -nE "s/^(global|:env:)\.([a-z-]+)='(.*)'\$/\2 = \3/p" | sort | awk '!seen[$1]++'
+}
+
+# The files and folders that it names. An index has its files beside it.
 pip_paths() {
-    local files=(/etc/pip.conf /etc/xdg/pip/* ~/.config/pip/pip.conf ~/.pip/pip.conf)
-    ls -d "${files[@]}" 2>/dev/null || true
-    { env | grep ^PIP_ || true; cat "${files[@]}" 2>/dev/null || true; } | grep -oE '/[^[:space:]:;,]+' | while read -r path; do
-        path=$(realpath -ms "$path")
-        [ "$(basename "$path")" = simple ] && path=$(dirname "$path") # an index, with its files beside it
-        [ "$path" = / ] || ! [ -e "$path" ] || echo "$path"
-    done
+    pip_configuration | grep -oE '/[^[:space:]:;,]+' | xargs -r realpath -ms | sed 's#/simple$##' | sort -u |
+        while read -r path; do [ "$path" = / ] || ! [ -e "$path" ] || echo "$path"; done
 }
 
 # A fresh copy for one run, with the last commit in it.
@@ -48,16 +48,19 @@ lay() { # ROOT SUITE USER
     home=$(chroot "$1" sh -c "echo ~$3")
     mkdir -p "$1$home/hotspare" "$1/var/cache/pip" "$roots/pip-$3"
     git archive HEAD | tar -x -C "$1$home/hotspare"
-    for path in $(pip_paths | sort -u) /etc/resolv.conf /etc/hosts; do
+    for path in $(pip_paths) /etc/resolv.conf /etc/hosts; do
         if [ -d "$path" ]; then mkdir -p "$1$path"; else install -D -m 644 "$path" "$1$path"; fi
     done
+    # The package ca-certificates, which others bring, writes over a file of that name.
+    pip_configuration | sed "s#= .*/ca-certificates.crt#= /etc/pip.crt#" >"$1/etc/pip.conf"
+    [ ! -e "$1/etc/ssl/certs/ca-certificates.crt" ] || mv "$1/etc/ssl/certs/ca-certificates.crt" "$1/etc/pip.crt"
     chroot "$1" chown -R "$3:" "$home/hotspare"
     chown "$(chroot "$1" id -u "$3")" "$roots/pip-$3"
 }
 
 # A command in there, in namespaces of its own.
 inside() { # ROOT USER COMMAND
-    folders=$(pip_paths | sort -u | while read -r path; do [ ! -d "$path" ] || echo "$path"; done) \
+    folders=$(pip_paths | while read -r path; do [ ! -d "$path" ] || echo "$path"; done) \
     unshare --mount --pid --ipc --fork --kill-child bash -euc '
         root=$1 user=$2
         mount --make-rprivate /
@@ -69,10 +72,9 @@ inside() { # ROOT USER COMMAND
         mount --bind "$4/pip-$user" "$root/var/cache/pip"
         for folder in $folders; do mount --bind "$folder" "$root$folder"; done
         home=$(chroot "$root" sh -c "echo ~$user")
-        mapfile -t variables < <(env | grep -E "^(PIP_|PYTEST_ADDOPTS=)")
         exec chroot "$root" setpriv --reuid "$user" --regid "$user" --init-groups env -i -C "$home/hotspare" \
             HOME="$home" USER="$user" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-            "${variables[@]}" PIP_CACHE_DIR=/var/cache/pip sh -c "$3"
+            PYTEST_ADDOPTS="${PYTEST_ADDOPTS:-}" PIP_CACHE_DIR=/var/cache/pip sh -c "$3"
     ' _ "$1" "$2" "$3" "$roots" </dev/null
 }
 
@@ -89,7 +91,7 @@ try() { # RUN USER COMMAND
         inside "$root" "$2" "$3" >>"$log" 2>&1 || status=$?
     fi
     [ "$status" -eq 0 ] || failed="$failed $1"
-    echo "$1: $3 ended with $status: $(grep -E '^[^ ]*[0-9]+ (comparisons|passed|failed)|passed|failed' "$log" | tail -n 1)"
+    echo "$1: $3 ended with $status: $(grep -E "^[0-9]+ (comparisons|passed|failed)" "$log" | tail -n 1)"
 }
 
 failed=
