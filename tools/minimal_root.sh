@@ -64,6 +64,7 @@ inside() { # ROOT USER COMMAND
     unshare --mount --pid --ipc --fork --kill-child bash -euc '
         root=$1 user=$2
         mount --make-rprivate /
+        mount --bind "$root" "$root" # or "/" in there would be no mount, and no test could have mounts of its own
         mount -t proc proc "$root/proc"
         mount -t sysfs -o ro sysfs "$root/sys"
         mount -t tmpfs -o size=2g,mode=1777 tmpfs "$root/dev/shm"
