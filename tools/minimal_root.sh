@@ -73,7 +73,7 @@ inside() { # ROOT USER COMMAND
         mount --bind "$4/pip-$user" "$root/var/cache/pip"
         for folder in $folders; do mount --bind "$folder" "$root$folder"; done
         home=$(chroot "$root" sh -c "echo ~$user")
-        exec chroot "$root" setpriv --reuid "$user" --regid "$user" --init-groups env -i -C "$home/hotspare" \
+        exec chroot "$root" setpriv --reuid "$user" --regid "$user" --init-groups env -i -C "$home" \
             HOME="$home" USER="$user" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
             PYTEST_ADDOPTS="${PYTEST_ADDOPTS:-}" PIP_CACHE_DIR=/var/cache/pip sh -c "$3"
     ' _ "$1" "$2" "$3" "$roots" </dev/null
@@ -87,7 +87,7 @@ try() { # RUN USER COMMAND
     asked=$(tail -n "+$((mark + 1))" "$log" | sed -n 's/^ *sudo //p' | sed 's/ && sudo / \&\& /g')
     if [ "$status" -ne 0 ] && [ -n "$asked" ]; then
         echo "$1: $3 asks for: $asked"
-        inside "$root" root "$asked" >>"$log" 2>&1
+        inside "$root" root "export DEBIAN_FRONTEND=noninteractive; $asked" >>"$log" 2>&1
         status=0
         inside "$root" "$2" "$3" >>"$log" 2>&1 || status=$?
     fi
@@ -103,8 +103,8 @@ for run in "${@:-bookworm:root bookworm:somebody trixie:root trixie:somebody}"; 
         base "$suite"
         lay "$roots/run-$name" "$suite" "$user"
         : >"$roots/$name.log"
-        try "$name" "$user" "make demo"
-        try "$name" "$user" "make test && ls -A /dev/shm | wc -l | grep -qx 0"
+        try "$name" "$user" "make -C hotspare demo"
+        try "$name" "$user" "make -C hotspare test && ls -A /dev/shm | wc -l | grep -qx 0"
         rm -rf --one-file-system "$roots/run-$name"
     done
 done

@@ -515,6 +515,27 @@ def test_who_has_not_answered_for_as_long_as_anybody_is_waited_for_is_not_waited
         may_answer.set()
 
 
+def test_where_the_system_has_no_more_threads_the_asking_goes_on_and_peers_are_asked_once_it_has(
+    watch_of: Callable[..., Watch], peer: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A double of the refusal: the real limit, RLIMIT_NPROC, does not count for root."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    watch = watch_of(peer)
+    watch.prober.start()  # whose loop has its thread, and all turns after this one have none for asking
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            watch.look()
+        assert watch.prober.loop.is_alive
+    before = peer.peer.asked.count("GET /v1/node")
+    wait_until(lambda: watch.look() or peer.peer.asked.count("GET /v1/node") > before, "it is asked again")
+    assert watch.prober.loop.is_alive
+    assert watch.prober.loop.failures == 0
+
+
 def test_a_url_that_can_lead_nowhere_is_a_peer_that_does_not_answer(
     watch_of: Callable[..., Watch], peer: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
