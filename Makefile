@@ -11,7 +11,8 @@ PIP_INSTALL := CONSTRAINTS=$(CONSTRAINTS) bash .ci/install $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check mutate soak calls floors sglang engines engines-sglang engines-vllm bench fmt openapi clean
+.PHONY: help setup demo test check mutate soak calls floors roots sglang engines engines-sglang engines-vllm \
+	bench fmt openapi clean
 
 help:
 	@echo "make demo     three nodes on this machine, a kill, a restore from memory"
@@ -24,6 +25,7 @@ help:
 	@echo "              (SEED=, MINUTES= of each)"
 	@echo "make calls    thousands of generated API calls (downloads 40 MB; EXAMPLES=, SEED=)"
 	@echo "make floors   the core of the tests with the lowest versions of dependencies"
+	@echo "make roots    \`make demo\` and \`make test\` in minimal Debians (root, debootstrap)"
 	@echo "make sglang   inside a real SGLang (downloads 0.4 GB)"
 	@echo "make engines  whole servers: engines-sglang (15 minutes), engines-vllm (downloads 0.6 GB)"
 	@echo "make openapi  write openapi/openapi.json"
@@ -120,6 +122,10 @@ $(FLOORS)/.set-up: pyproject.toml constraints.txt tools/floors.py .ci/install | 
 
 floors: setup $(FLOORS)/.set-up
 	@$(FLOORS)/bin/python -m pytest --numprocesses 2 --dist worksteal -W default::DeprecationWarning $(FLOORS_TESTS)
+
+# Which runs: make roots RUNS="bookworm:root trixie:somebody"; needs nothing of .venv.
+roots:
+	@bash tools/minimal_root.sh $(RUNS)
 
 bench: setup
 	@$(BIN)/python -m compileall -q app shm transfer

@@ -6,9 +6,18 @@ They are below the restores, not in `app.api`: nodes speak to each other in the 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    model_validator,
+)
+from pydantic_core import core_schema
 
 from app.cluster.membership import PeerState
 from app.node.node import NodeState
@@ -23,6 +32,8 @@ from transfer.push.table import (
     RANGES_MAX,
     RUNS_PER_SLOT_MAX,
     SLOTS_MAX,
+    FormCopy,
+    SlotBases,
 )
 from transfer.sources import SourceKind
 
@@ -43,6 +54,20 @@ def give_way(value: Any) -> Any:
 
 Many = Annotated[list[Annotated[Item, BeforeValidator(give_way)]], Field(fail_fast=True)]
 """A list that may be long: it is refused at its first fault, for to name all of many takes longer than to be wrong."""
+
+
+def kept_as(kind: type[NamedTuple], document: type[BaseModel]) -> GetPydanticSchema:
+    """For `Annotated[kind, …]`: what is said is a document, and what is kept of it a tuple of values.
+
+    Python's cyclic garbage collector looks through all that is alive, again and again while much is made, and holds all
+    threads up meanwhile. A document of numbers and a list is four things to it, a tuple of numbers and a tuple one."""
+
+    def keep(said: Any) -> Any:
+        return kind(*(getattr(said, name) for name in kind._fields))
+
+    return GetPydanticSchema(lambda _, make: core_schema.no_info_after_validator_function(keep, make(document)))
+
+
 NodeId = Annotated[str, Field(min_length=1, max_length=200, examples=["node-a"])]
 Layer = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -318,7 +343,11 @@ class SlotDocument(Document):
     layer: Layer
     expert: Annotated[int, Field(ge=0, le=2**31 - 1)]
     form: Annotated[int, Field(ge=0, lt=FORMS_MAX, description="Index into `forms`.")]
-    bases: Annotated[list[Address], Field(min_length=1, max_length=BASES_MAX)]
+    bases: Annotated[tuple[Address, ...], Field(min_length=1, max_length=BASES_MAX)]
+
+
+KeptCopy = Annotated[FormCopy, kept_as(FormCopy, FormCopyDocument)]
+KeptSlot = Annotated[SlotBases, kept_as(SlotBases, SlotDocument)]
 
 
 class PushTableDocument(Document):
@@ -336,10 +365,10 @@ class PushTableDocument(Document):
         Field(min_length=1, max_length=RANGES_MAX, description="[address, nbytes] registered with that engine."),
     ]
     forms: Annotated[
-        Many[Annotated[Many[FormCopyDocument], Field(min_length=1, max_length=COPIES_PER_FORM_MAX)]],
+        Many[Annotated[Many[KeptCopy], Field(min_length=1, max_length=COPIES_PER_FORM_MAX)]],
         Field(min_length=1, max_length=FORMS_MAX, description="What slots that look alike share."),
     ]
-    slots: Annotated[Many[SlotDocument], Field(min_length=1, max_length=SLOTS_MAX)]
+    slots: Annotated[Many[KeptSlot], Field(min_length=1, max_length=SLOTS_MAX)]
 
 
 class ConsumerRequest(PushTableDocument):

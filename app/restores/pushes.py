@@ -36,7 +36,7 @@ from transfer.errors import NothingToRestore
 from transfer.plan import Batch, Want
 from transfer.progress import Progress
 from transfer.push.destination import PUSH_LANES, PUSH_LIMITS, ConsumerDestination
-from transfer.push.table import FormCopy, PushTable, SlotBases
+from transfer.push.table import PushTable
 from transfer.push.writer import WriteFailed, Writer
 from transfer.restore import Restore
 from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind
@@ -75,9 +75,7 @@ def build_table(node: Node, holding: Holding, document: PushTableDocument) -> Pu
             f"session {document.session_id} is on loopback, where other hosts would find themselves: start the engine "
             f"on the address of this host that they know, as this node did on {session_host(here)}"
         )
-    forms = [[FormCopy(**copy.model_dump()) for copy in form] for form in document.forms]
-    slots = (SlotBases(slot.layer, slot.expert, slot.form, tuple(slot.bases)) for slot in document.slots)
-    return PushTable.build(manifest, document.session_id, document.ranges, forms, slots)
+    return PushTable.build(manifest, document.session_id, document.ranges, document.forms, document.slots)
 
 
 def is_loopback(session_id: str) -> bool:

@@ -15,8 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shm.layout import SHM_DIRECTORY
@@ -108,8 +110,13 @@ def test_an_interrupted_run_leaves_nothing(
 
 def _session(leader: int) -> list[int]:
     """Processes of a session."""
-    found = subprocess.run(["ps", "-o", "pid=", "-s", str(leader)], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
+
+    def session_of(pid: int) -> int | None:
+        with suppress(ProcessLookupError):
+            return os.getsid(pid)
+        return None
+
+    return [pid for pid in psutil.pids() if session_of(pid) == leader]
 
 
 def test_the_end_of_a_round_kills_what_is_paused(ground: Ground) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -94,6 +97,10 @@ def longest_wait(node: Any, work: Callable[[], Any]) -> tuple[float, float]:
         return longest, time.monotonic() - started
 
 
+def put_route() -> BodyRoute:
+    return next(r for r in consumers.router.routes if isinstance(r, BodyRoute) and "PUT" in r.methods)
+
+
 def consumer(slots: int) -> bytes:
     copy = {"block_offset": 0, "base": 0, "offset": 0, "rows": 3, "run_nbytes": 3, "block_pitch": 3, "pitch": 3}
     return orjson.dumps({
@@ -120,6 +127,39 @@ def test_a_table_of_ten_megabytes_holds_nobody_up(node: Any) -> None:
     assert min(shares) < 1 / 2, "it is near 1 where it is read on the event loop"
 
 
+def reading(route: BodyRoute, body: bytes) -> tuple[float, float]:
+    """The longest that reading keeps others out for sure, and all that it takes: seconds of this thread's own processor
+    time, so that it is no matter who else is running. Each call of a Python function lets others in."""
+    turns = []
+    sys.setprofile(lambda *_: turns.append(time.thread_time()))
+    try:
+        document = route._read(body)
+        del document
+    finally:
+        sys.setprofile(None)
+    return max(later - turn for turn, later in pairwise(turns)), turns[-1] - turns[0]
+
+
+def test_nothing_in_the_reading_of_a_large_table_keeps_others_out_for_long() -> None:
+    """Neither parser nor validator nor garbage collector, of which the latter held all up for longest by far."""
+    gc.collect()
+    gc.freeze()  # as a node does: here, what all other tests have imported
+    try:
+        longest, all_of_it = map(min, zip(*(reading(put_route(), consumer(100_000)) for _ in range(3)), strict=True))
+    finally:
+        gc.unfreeze()
+    assert longest < all_of_it / 15
+
+
+def test_a_slot_of_a_table_is_one_thing_to_the_garbage_collector() -> None:
+    """As a document it is four: itself, its dictionary, the set of its fields, the list of its bases."""
+    gc.collect()
+    before = len(gc.get_objects())
+    document = put_route()._read(consumer(33_333))
+    gc.collect()  # which finds out that a tuple of numbers is none of its business
+    assert len(gc.get_objects()) - before < 1.1 * len(document.slots)
+
+
 def test_numbers_without_end_are_counted_before_they_are_parsed(node: Any) -> None:
     answer = post(node, b"[" + b"1," * (VALUES_MAX + 1) + b"1]")
     assert answer.status_code == 422
@@ -128,7 +168,6 @@ def test_numbers_without_end_are_counted_before_they_are_parsed(node: Any) -> No
 
 def test_parsing_gives_way() -> None:
     """Another thread runs while one document is parsed and validated, many times."""
-    route = next(r for r in consumers.router.routes if isinstance(r, BodyRoute) and "PUT" in r.methods)
     turns, ended = 0, threading.Event()
 
     def count() -> None:
@@ -138,7 +177,7 @@ def test_parsing_gives_way() -> None:
 
     other = threading.Thread(target=count)
     other.start()
-    document = route._read(consumer(30_000))
+    document = put_route()._read(consumer(30_000))
     ended.set()
     other.join(DEADLINE_S)
     assert len(document.slots) == 30_000

@@ -515,6 +515,30 @@ def test_who_has_not_answered_for_as_long_as_anybody_is_waited_for_is_not_waited
         may_answer.set()
 
 
+def test_where_the_system_has_no_more_threads_the_asking_goes_on_and_peers_are_asked_once_it_has(
+    watch_of: Callable[..., Watch], peer: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A double of the refusal: the real limit, RLIMIT_NPROC, does not count for root."""
+
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("hotspare-ask"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    watch = watch_of(peer)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        watch.prober.start()
+        for _ in range(3):
+            watch.look()
+        assert peer.peer.asked.count("GET /v1/node") == 0
+    wait_until(lambda: watch.look() or peer.peer.asked.count("GET /v1/node") > 0, "it is asked")
+    assert watch.prober.loop.is_alive
+    assert watch.prober.loop.failures == 0
+
+
 def test_a_url_that_can_lead_nowhere_is_a_peer_that_does_not_answer(
     watch_of: Callable[..., Watch], peer: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
