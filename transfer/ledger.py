@@ -384,9 +384,17 @@ class Ledger:
                 self._step(self._blocks[row], Event.QUIET)
                 self._to_verify.append(row)
 
-    def cancel(self) -> None:
-        """Start nothing more. What is under way goes on to its end."""
+    def cancel(self) -> tuple[Batch, ...]:
+        """Start nothing more. What is under way is recalled, and each tells how it ended: returns what was not before.
+
+        What has come by then is still verified and published.
+        """
         self.is_cancelled = True
+        running = [each for source in self._sources.values() for each in source.under_way.items()]
+        recalled = tuple(batch for batch, course in running if not course.is_recalled)
+        for _, course in running:
+            course.is_recalled = True
+        return recalled
 
     # -- how it stands ---------------------------------------------------------------------------------------
 

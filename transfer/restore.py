@@ -74,9 +74,10 @@ class Restore:
         self._broken: BaseException | None = None
 
     def cancel(self) -> None:
-        """Stop after the batches under way. What was published stays, what was not is not."""
+        """Start nothing more, and recall what is under way. What was published stays, what was not is not."""
         with self._changed:
-            self._ledger.cancel()
+            for batch in self._ledger.cancel():
+                batch.watch.is_recalled = True
             self._changed.notify_all()
 
     def report(self) -> Report:

@@ -172,7 +172,8 @@ class RestoreStore:
         """Queue a restore into a consumer's memory. Raises what is wrong with it, or LimitReached."""
         hold = partial(self._consumers.hold, consumer)
         end_lease = partial(self._consumers.end_lease, consumer)
-        push = ConsumerPush(self._node, self._client, consumer, hold, end_lease, self.mend, read_back)
+        withdraw_lease = partial(self._consumers.withdraw_lease, consumer)
+        push = ConsumerPush(self._node, self._client, consumer, hold, end_lease, withdraw_lease, self.mend, read_back)
         push.rows_of(experts)
         wanted = None if experts is None else Wanted(experts)
         restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, wanted, kinds, push)

@@ -673,6 +673,17 @@ def test_a_destination_that_is_gone_fails_what_is_wanted_and_lets_what_is_under_
 # -- cancelling ------------------------------------------------------------------------------------------------
 
 
+def test_cancelling_recalls_what_is_under_way_once_and_keeps_what_comes_all_the_same() -> None:
+    race = Race(blocks=4)
+    others = race.ledger.next(1.0).move
+    assert set(race.ledger.cancel()) == {race.slow, *others}
+    assert race.ledger.cancel() == ()
+    race.ledger.moved(race.slow, {want.row: RIGHT for want in race.slow.wants}, 2.0)
+    orders = race.ledger.next(2.0)
+    assert [block.want for block in orders.publish] == list(race.slow.wants)
+    assert (orders.move, orders.recall) == ((), ())
+
+
 def test_cancelling_starts_nothing_more_and_lets_what_is_under_way_end() -> None:
     ledger = ledger_of({"a": range(3), "b": range(3)})
     a, b = ledger.next(0.0).move

@@ -18,7 +18,7 @@ import xxhash
 
 from shm.block import ExpertKey, HeldBlock
 from shm.errors import HotspareError
-from tests.processes import wait_until
+from tests.processes import DEADLINE_S, wait_until
 from transfer.checkpoint import read_checkpoint
 from transfer.checkpoint.content import pin
 from transfer.destination import Destination, Landing, Resident
@@ -546,6 +546,20 @@ def test_cancelling_stops_after_the_batches_under_way(case: Case) -> None:
     assert 4 < len(source.fetched) < 13
     case.check(report, done=set(source.fetched))
     assert source.closed == 1
+
+
+def test_cancelling_recalls_what_is_under_way_with_a_source_that_would_be_silent_for_ever(case: Case) -> None:
+    silent = Odd("silent", waits_for_recall=True)
+    restore = case.restore([silent])
+    running = threading.Thread(target=restore.run)
+    running.start()
+    wait_until(lambda: silent.fetched, "it was asked")
+    restore.cancel()
+    running.join(DEADLINE_S)
+    assert not running.is_alive()
+    assert silent.was_recalled
+    assert restore.report().state is RestoreState.CANCELLED
+    assert len(silent.fetched) == 2, "one batch, and never again"
 
 
 def test_one_cancelled_before_it_runs_touches_nothing(case: Case) -> None:
