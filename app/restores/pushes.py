@@ -22,7 +22,7 @@ from app.documents import LeaseDocument, PushDocument, PushedExpert, PushLease, 
 from app.errors import Conflict, LimitReached, PeerFailed, Unavailable
 from app.node.holding import Holding
 from app.node.node import Node
-from app.node.offering import DISK, offer
+from app.node.offering import DISK, SecondLook, offer
 from app.restores.consumers import Consumer, ConsumerStore
 from app.restores.lease import HeldLease
 from shm.block import ExpertKey
@@ -306,12 +306,13 @@ class ConsumerPush:
             report_corrupt=partial(_mend_rows, self.mend, manifest),
         )
         pinned = holding.disk if SourceKind.DISK in kinds else None
+        reach = partial(self._reach, destination, holding) if SourceKind.PEER in kinds else None
         tiers, offered = offer(
             holding,
             rows,
             self.node.cluster,
             _own_memory(holding),
-            partial(self._reach, destination, holding) if SourceKind.PEER in kinds else None,
+            reach,
             None if pinned is None else _disk(pinned),
         )
         return Restore(
@@ -323,6 +324,7 @@ class ConsumerPush:
             progress,
             settle=self.node.writer.fence,
             reasons=offered.reasons,
+            look_again=None if reach is None else SecondLook(holding, self.node.cluster, self.node.look, reach),
         )
 
     def _reach(self, destination: ConsumerDestination, holding: Holding, node_id: str, _: PeerBlocks) -> PeerMemory:
