@@ -175,8 +175,9 @@ class Restorer:
         """Let others have these slots filled, with no code of this process running: `POST /v1/restores` to any node.
 
         The slots are opened to the transfer engine, those in GPU memory too, and the registration is renewed in the
-        background, also with a node that was restarted, until `unregister`, `bind` or `close`; it outlives a process
-        that dies by `ttl_s` at most. Nothing in flight may use the slots while they are filled.
+        background, also with a node that was restarted, until `unregister`, `bind` or `close`, or until somebody else
+        has it removed; it outlives a process that dies by `ttl_s` at most. Nothing in flight may use the slots while
+        they are filled.
 
         Raises InvalidInput before `bind`, RestoreError without a manifest, EngineError for memory that the engine does
         not take, NodeUnreachable or NodeRefused where the node does not take the registration.
@@ -195,7 +196,7 @@ class Restorer:
             document = consumer_document(
                 self._slots, bound.manifest, inbox.session_id, ttl_s, self._around.content.digest
             )
-            self._registration = Registration(self._control, consumer_id, document)
+            self._registration = Registration(self._control, consumer_id, document, inbox.drop)
             self._inbox = inbox
 
     def unregister(self) -> None:
