@@ -2,8 +2,8 @@
 
 What is missing is tried for at once, again whenever the peers have something new, and again after RETRY_INTERVAL_S,
 since what failed may have been a passing thing. What is lost anew is missing for the first time, however often it was.
-So is what waits for room, or for its name in /dev/shm, tried again. There is no "done": blocks may be found wrong at any
-later time, and a source for them may appear long after the first try.
+So is what waits for room, or for its name in /dev/shm, tried again. There is no "done": blocks may be found wrong at
+any later time, and a source for them may appear long after the first try.
 
     nothing is missing ──▶ rest          missing, and nothing new since the last try ──▶ rest until it is due
     missing, and due ──▶ bring
