@@ -227,15 +227,14 @@ class Asking:
     def _ask(self, body: dict[str, Any], push_id: str, watch: Watch) -> PushDocument:
         """The lease ends with the peer's answer. Where none comes it runs out: the peer may still be writing.
 
-        A push that is recalled is not waited for, and given no more time: it ends between two transfers.
+        One that gave no answer gets no more time. One that is recalled is waited for all the same: only its answer says
+        that nothing of it is under way (tried: over a slow link, on a busy host, it was not over with its lease).
         """
         for _ in range(BUSY_RETRIES_MAX):
             if watch.is_recalled:
                 raise PeerFailed(f"{self._url}: the push {RECALLED}")
             try:
-                answer = self._push.client.request(
-                    "POST", self._url, json=body, timeout=PUSH_TIMEOUT_S, is_recalled=lambda: watch.is_recalled
-                )
+                answer = self._push.client.request("POST", self._url, json=body, timeout=PUSH_TIMEOUT_S)
             except NodeUnreachable:
                 self._push.withdraw_lease(push_id)
                 raise

@@ -12,7 +12,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
@@ -89,19 +89,15 @@ class NodeHttp:
         *,
         timeout: float = ANSWER_TIMEOUT_S,
         nbytes_max: int = ANSWER_NBYTES_MAX,
-        is_recalled: Callable[[], bool] | None = None,
         **options: Any,
     ) -> httpx.Response:
         """One request; raises NodeUnreachable, or NodeRefused for a status of 400 and above.
 
         `timeout` (s) is for the whole exchange, `nbytes_max` for the answer's body: neither a node that trickles nor
-        one that rambles holds anybody up. Once `is_recalled` says so the answer is waited for no longer; what was asked
-        for may be done all the same. `options` are those of an `httpx.Request`: `json`, `params`, `headers`.
+        one that rambles holds anybody up. `options` are those of an `httpx.Request`: `json`, `params`, `headers`.
         """
-        deadline = time.monotonic() + timeout
         try:
-            with self._wire.until(deadline, is_recalled):
-                answer = self._exchange(self._request(method, url, options), deadline, nbytes_max)
+            answer = self._exchange(self._request(method, url, options), time.monotonic() + timeout, nbytes_max)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             raise NodeUnreachable(f"{url}: {type(error).__name__}: {error}") from error
         except (httpcore.UnsupportedProtocol, httpx.InvalidURL, OSError, ValueError) as error:
@@ -129,11 +125,12 @@ class NodeHttp:
             content=request.read(),
             extensions={"timeout": {"pool": deadline - time.monotonic()}},
         )
-        answer = self._pool.handle_request(sent)
-        try:
-            body = _read(answer, request.url, nbytes_max)
-        finally:
-            answer.close()
+        with self._wire.until(deadline):
+            answer = self._pool.handle_request(sent)
+            try:
+                body = _read(answer, request.url, nbytes_max)
+            finally:
+                answer.close()
         return httpx.Response(answer.status, content=body, request=request)
 
     def document(

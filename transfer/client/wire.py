@@ -4,8 +4,7 @@ An HTTP client's own timeouts are for one read: a server that sends a header byt
 without end, starts them anew each time, and a name server that does not answer knows none. So the deadline is looked
 at here, where the waiting is done: an exchange is one thread's from its first byte to its last, and so is its deadline.
 
-`close` ends what is under way in other threads too, so that who stops waits for no peer; and an exchange may be given
-up in the middle, once what it was for is wanted no longer: that is asked every RECALL_POLL_S.
+`close` ends what is under way in other threads too, so that who stops waits for no peer.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpcore
 
-RECALL_POLL_S = 0.1
 CONNECT_TIMEOUT_S = 1.0  # to one address: a host that is up answers within milliseconds
 Address = tuple[socket.AddressFamily, tuple[Any, ...]]
 
@@ -41,36 +39,22 @@ class Wire(httpcore.NetworkBackend):
         self.is_closed = False
 
     @contextmanager
-    def until(self, deadline: float, is_recalled: Callable[[], bool] | None = None) -> Iterator[None]:
-        """What this thread sends, receives and waits for in the block ends by then, in `time.monotonic` seconds, or
-        soon after `is_recalled` says so."""
-        self._exchange.deadline, self._exchange.is_recalled = deadline, is_recalled
+    def until(self, deadline: float) -> Iterator[None]:
+        """What this thread sends, receives and waits for in the block ends by then, in `time.monotonic` seconds."""
+        self._exchange.deadline = deadline
         try:
             yield
         finally:
-            del self._exchange.deadline, self._exchange.is_recalled
+            del self._exchange.deadline
 
     def left_s(self) -> float:
         """Seconds that this thread's exchange may still take. Raises TimeoutError when there are none."""
         if self.is_closed:
             raise ConnectionAbortedError("the client was closed")
-        if self._exchange.is_recalled is not None and self._exchange.is_recalled():
-            raise ConnectionAbortedError("the exchange was recalled")
         left: float = self._exchange.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the exchange took too long as a whole")
         return left
-
-    def receive(self, made: socket.socket, nbytes_max: int) -> bytes:
-        """What comes next over a socket of ours. Raises OSError: TimeoutError where nothing comes in time."""
-        while True:
-            left_s = self.left_s()
-            if self._exchange.is_recalled is None:
-                made.settimeout(left_s)
-                return made.recv(nbytes_max)
-            made.settimeout(min(left_s, RECALL_POLL_S))
-            with suppress(TimeoutError):
-                return made.recv(nbytes_max)
 
     def close(self) -> None:
         """End every exchange that is under way, in whatever thread, and let no other begin."""
@@ -166,7 +150,8 @@ class _Stream(httpcore.NetworkStream):
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         try:
-            return self._wire.receive(self._socket, max_bytes)
+            self._socket.settimeout(self._wire.left_s())
+            return self._socket.recv(max_bytes)
         except TimeoutError as error:
             raise httpcore.ReadTimeout(str(error)) from error
         except OSError as error:

@@ -101,22 +101,3 @@ def test_the_next_address_of_a_name_is_tried_where_one_refuses(monkeypatch: pyte
         assert not stream.get_extra_info("is_readable")
         stream.close()
         assert stream.get_extra_info("is_readable")  # for the pool: it is of no use any more
-
-
-def test_an_exchange_that_is_recalled_ends_although_the_node_says_nothing() -> None:
-    http, asked, is_recalled = NodeHttp(), threading.Event(), threading.Event()
-
-    def lie(connection: socket.socket) -> None:
-        asked.set()
-        silent(connection)
-
-    def recall() -> None:
-        assert asked.wait(DEADLINE_S)
-        is_recalled.set()
-
-    recalling = threading.Thread(target=recall)
-    recalling.start()
-    with lying(lie) as url, pytest.raises(NodeUnreachable, match="recalled"):
-        http.request("GET", url, timeout=10 * DEADLINE_S, is_recalled=is_recalled.is_set)
-    recalling.join()
-    http.close()
