@@ -112,11 +112,15 @@ def _check_kind(page: bytes, where: str, object_nbytes: int) -> None:
     if not any(page):  # reserved, and its owner stopped or killed before the header was written
         raise SegmentUnsealed(f"{where} has no header yet: wait until its node is ready, then try again")
     if not _is_ours(page):
-        raise SegmentForeign(f"{where} is not a Hotspare segment: it does not begin with {MAGIC.decode()}")
+        raise SegmentForeign(
+            f"{where} is not a Hotspare segment: it does not begin with {MAGIC.decode()}; remove it (`rm`), or give "
+            "the node another --node-id or --namespace"
+        )
     version = int.from_bytes(page[8:12], "little")
     if version > VERSION:
         raise SegmentTooNew(
-            f"{where} has format {version}, this Hotspare reads up to {VERSION}: upgrade the reading side"
+            f"{where} has format {version}, this Hotspare reads up to {VERSION}: upgrade the reading side, "
+            "or `hotspare rm` it, and refill"
         )
     if version < VERSION:
         raise SegmentError(

@@ -46,6 +46,11 @@ _REASONS = {
     errno.ENFILE: "this host has as many open files as it may: raise fs.file-max",
     errno.EOPNOTSUPP: "its file system cannot do that: /dev/shm must be a tmpfs of Linux",
 }
+# What to do about a name that somebody else has taken, be it to read there or to make a segment of that name.
+_TAKEN = (
+    "run as the user who runs `hotspare serve`; or remove it (`rm`, as its owner or root), or give the node another "
+    "--node-id or --namespace"
+)
 _NO_LOCKS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -105,20 +110,24 @@ def open_existing(object_name: str, *, read_only: bool, any_owner: bool = False)
         raise SegmentNotFound(f"there is no {_path(object_name)}: `hotspare ls` lists what is") from error
     except PermissionError as error:
         raise SegmentForbidden(
-            f"{_path(object_name)} belongs to another user: run as the user who runs `hotspare serve`"
+            f"{_path(object_name)} belongs to another user than {os.geteuid()}, who keeps it to himself: {_TAKEN}"
         ) from error
     except OSError as error:  # a link, a socket, a directory opened for writing
         said = _system_error(error, "lets nothing be opened") if error.errno != errno.EOPNOTSUPP else None
-        raise said or SegmentForeign(f"{_path(object_name)} is not a Hotspare segment: {error}") from error
+        raise said or _foreign(object_name, str(error.strerror)) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise SegmentForeign(f"{_path(object_name)} is not a Hotspare segment: no plain file")
+            raise _foreign(object_name, "no plain file")
         if not any_owner:
             _check_owner(fd, object_name, read_only=read_only)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _foreign(object_name: str, why: str) -> SegmentForeign:
+    return SegmentForeign(f"{_path(object_name)} is not a Hotspare segment ({why}): {_TAKEN}")
 
 
 def _check_owner(fd: int, object_name: str, *, read_only: bool) -> None:
@@ -130,7 +139,7 @@ def _check_owner(fd: int, object_name: str, *, read_only: bool) -> None:
     if there.st_uid != me and not (read_only and there.st_uid == ROOT):
         raise SegmentForbidden(
             f"{_path(object_name)} belongs to user {there.st_uid}, and this is user {me}: what another user made "
-            "is not trusted; run as the user who runs `hotspare serve`, or remove it (`hotspare rm`, as root)"
+            f"is not trusted; {_TAKEN}"
         )
     if there.st_mode & OTHERS_WRITE:
         raise SegmentForbidden(

@@ -335,12 +335,14 @@ class Segment:
             posix.give_back(self._fd, start, end)
 
     def _header_pages(self) -> Twin:
-        return Twin("header", self._header.pack(), 0)
+        return _pages_of(self._header)
 
     def _write_header(self, **changes: Any) -> None:
+        """Readers first: what this process says of the object, they find there."""
         with self._heading:
-            self._header = replace(self._header, **changes)
-            self._header_pages().write(self._fd)
+            header = replace(self._header, **changes)
+            _pages_of(header).write(self._fd)
+            self._header = header
 
     # -- proving what leads to the blocks ---------------------------------------------------------------------
 
@@ -575,3 +577,7 @@ class Segment:
         """Remove the name, then close."""
         self._unname()
         self.close()
+
+
+def _pages_of(header: Header) -> Twin:
+    return Twin("header", header.pack(), 0)

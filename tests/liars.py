@@ -1,10 +1,12 @@
 """Servers that speak HTTP as nobody should: a plain socket, and one function for every connection, in a thread.
 
-The functions below are lies that go on until whoever is lied to hangs up.
+The functions below are lies that go on until whoever is lied to hangs up; those at the end bend what a node says.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import gzip
 import itertools
 import socket
@@ -12,24 +14,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 DRIP_S = 0.05
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 Lie = Callable[[socket.socket], None]
+Answer = Callable[[socket.socket, bytes], None]
 
 
 @contextmanager
 def lying(lie: Lie) -> Iterator[str]:
     """A server's URL; each connection is given to `lie` once the head of a request has come."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    with answering(lambda connection, head: lie(connection)) as url:
+        yield url
+
+
+@contextmanager
+def answering(answer: Answer, port: int = 0) -> Iterator[str]:
+    """The same, where `answer` is given the head, too."""
+    listener = socket.create_server(("127.0.0.1", port))
     open_now: list[socket.socket] = []
     threads: list[threading.Thread] = []
 
     def serve(connection: socket.socket) -> None:
         with connection, suppress(OSError):
-            _read_head(connection)
-            lie(connection)
+            answer(connection, _read_head(connection))
 
     def accept() -> None:
         with suppress(OSError):
@@ -112,9 +122,14 @@ def empty_gzip(connection: socket.socket) -> None:
 
 def gzip_bomb(connection: socket.socket) -> None:
     """A megabyte or two that is a gigabyte or two."""
-    packed = gzip.compress(b" " * (1 << 28), 9) * 8
+    packed = _bomb()
     head = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
     connection.sendall(OK + head + packed)
+
+
+@functools.cache
+def _bomb() -> bytes:
+    return gzip.compress(b" " * (1 << 28), 9) * 8
 
 
 def body_drips(connection: socket.socket) -> None:
@@ -149,3 +164,32 @@ LIES: tuple[Lie, ...] = (
     silent, header_drips, head_without_end, continues, continues_fast, empty_gzip, gzip_bomb, body_drips,
     body_without_end, empty_chunk_extensions, redirects,
 )  # fmt: skip
+
+
+# -- what a node says, bent ----------------------------------------------------------------------------------------
+
+ODD: tuple[Any, ...] = (None, 7, -1, 2**64, 1e300, "", "odd", "[::1", [], [7], {}, {"a": [None]}, True)
+ENTRIES_CHANGED = 1  # of each list: what is wrong with one is wrong with all
+
+
+def places(document: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where a value can be exchanged: keys and indices that lead there."""
+    yield at
+    if isinstance(document, dict):
+        for key, value in document.items():
+            yield from places(value, (*at, key))
+    elif isinstance(document, list):
+        for index, value in enumerate(document[:ENTRIES_CHANGED]):
+            yield from places(value, (*at, index))
+
+
+def changed(document: Any, at: tuple[Any, ...], value: Any) -> Any:
+    """The document with another value at that place."""
+    if not at:
+        return value
+    made = copy.deepcopy(document)
+    inner = made
+    for key in at[:-1]:
+        inner = inner[key]
+    inner[at[-1]] = value
+    return made

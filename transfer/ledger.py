@@ -12,7 +12,7 @@ A block goes these ways, and no other; STEPS is the same as a table, and what is
       │ ▲                   │                  │  ▲  │                 │
       │ └────── lost ───────┘                  │  │  └─early─▶ HELD_BACK: what it holds is right, but a transfer that
       │ └─ wrong, refused ─────────────────────┴──┼────────────────────┘  was given up on may still write there
-      └─exhausted─▶ FAILED                        └─quiet── HELD_BACK: that transfer has ended, so look once more
+      └─exhausted─▶ FAILED ─offered─▶ WANTED      └─quiet── HELD_BACK: that transfer has ended, so look once more
 
 A source is asked for the blocks whose nearest offer it is; sources that are equally near share them by bytes. How a
 source comes to be doubted or given up is in `transfer.standing`.
@@ -72,6 +72,7 @@ class Event(StrEnum):
     REFUSED = "refused"
     PUBLISHED = "published"
     QUIET = "quiet"
+    OFFERED = "offered"
 
 
 STEPS: Mapping[tuple[Stage, Event], Stage] = {
@@ -86,6 +87,7 @@ STEPS: Mapping[tuple[Stage, Event], Stage] = {
     (Stage.RIGHT, Event.PUBLISHED): Stage.PUBLISHED,
     (Stage.RIGHT, Event.REFUSED): Stage.WANTED,
     (Stage.HELD_BACK, Event.QUIET): Stage.UNVERIFIED,
+    (Stage.FAILED, Event.OFFERED): Stage.WANTED,
 }
 BUSY = (Stage.UNDER_WAY, Stage.UNVERIFIED, Stage.RIGHT)
 
@@ -384,9 +386,37 @@ class Ledger:
                 self._step(self._blocks[row], Event.QUIET)
                 self._to_verify.append(row)
 
-    def cancel(self) -> None:
-        """Start nothing more. What is under way goes on to its end."""
+    def offered(
+        self, offers: Mapping[int, Sequence[Offer]], expected: Mapping[int, bytes], parties: Mapping[Hashable, Party]
+    ) -> None:
+        """Others turned up for blocks that have failed: those are wanted again.
+
+        `expected` are the checksums that they say the blocks have; one that is to have another stays as it is.
+        """
+        if self._is_abandoned or self.is_cancelled:
+            return
+        self._sources |= {key: Record(key, party) for key, party in parties.items() if key not in self._sources}
+        for row, more in offers.items():
+            block = self._blocks[row]
+            checksum = block.want.checksum or expected.get(row)
+            if block.stage is not Stage.FAILED or not more or checksum != expected.get(row):
+                continue
+            block.want, block.offers = block.want._replace(checksum=checksum), list(more)
+            for offer in more:
+                self._sources[offer.source].open.add(row)
+            self._want_again(block, Event.OFFERED)
+
+    def cancel(self) -> tuple[Batch, ...]:
+        """Start nothing more. What is under way is recalled, and each tells how it ended: returns what was not before.
+
+        What has come by then is still verified and published.
+        """
         self.is_cancelled = True
+        running = [each for source in self._sources.values() for each in source.under_way.items()]
+        recalled = tuple(batch for batch, course in running if not course.is_recalled)
+        for _, course in running:
+            course.is_recalled = True
+        return recalled
 
     # -- how it stands ---------------------------------------------------------------------------------------
 

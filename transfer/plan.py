@@ -133,6 +133,19 @@ class Queue:
         return rows
 
 
+def in_pieces(wants: Iterable[Want], nbytes: int) -> list[list[Want]]:
+    """The wants in their order, in pieces of at most so many bytes each, or of one block that is larger."""
+    pieces: list[list[Want]] = []
+    left = 0
+    for want in wants:
+        if not pieces or want.nbytes > left:
+            pieces.append([])
+            left = nbytes
+        pieces[-1].append(want)
+        left -= want.nbytes
+    return pieces
+
+
 def sliced(copies: Iterable[Copy]) -> list[Copy]:
     """Cut copies into items that can go side by side."""
     return [

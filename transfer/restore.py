@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from shm.block import ExpertKey
 from shm.errors import HotspareError
@@ -25,10 +25,19 @@ from transfer.sources import Source
 from transfer.standing import Party
 
 VERIFY_THREADS_MAX = 8
+LATE_TIER = 1  # of sources that turned up late: as near as peers are, and nothing nearer has what they are asked for
 
 T = TypeVar("T")
 
 _log = logging.getLogger("hotspare.restore")
+
+
+class Found(NamedTuple):
+    """Who has, by now, blocks that could not be had: the sources, what they offer of which row, and its checksum."""
+
+    sources: Sequence[Source]
+    offers: Mapping[int, Sequence[Offer]]
+    expected: Mapping[int, bytes]
 
 
 class Restore:
@@ -45,6 +54,7 @@ class Restore:
         settle: Callable[[], None] = lambda: None,
         reasons: Mapping[int, str] | None = None,
         fence: Callable[[], None] | None = None,
+        look_again: Callable[[Sequence[int]], Found] | None = None,
     ) -> None:
         """`tiers` are the sources, nearest first; `offers` says which of them have which row, and where.
 
@@ -52,7 +62,7 @@ class Restore:
         is what the report says of a row that could not be had, before what its sources said. `fence` sees to it that no
         transfer that was given up on can write any more: blocks that one might write to are looked at once more after
         that, and only then published. Where it raises, they are not. Without a fence it is taken that what comes late
-        has come.
+        has come. `look_again` is asked once, before rows are given up that nobody could serve: who has turned up since.
         """
         wants = list(wants)
         self._sources: dict[Hashable, Source] = {source: source for tier in tiers for source in tier}
@@ -68,15 +78,17 @@ class Restore:
         self._key_of = key_of
         self._settle = settle
         self._fence = fence
+        self._look_again = look_again
         self.progress = progress or Progress()
         self._changed = threading.Condition()
         self._wait_s: float | None = None
         self._broken: BaseException | None = None
 
     def cancel(self) -> None:
-        """Stop after the batches under way. What was published stays, what was not is not."""
+        """Start nothing more, and recall what is under way. What was published stays, what was not is not."""
         with self._changed:
-            self._ledger.cancel()
+            for batch in self._ledger.cancel():
+                batch.watch.is_recalled = True
             self._changed.notify_all()
 
     def report(self) -> Report:
@@ -143,14 +155,29 @@ class Restore:
                 if self._broken is not None:
                     raise self._broken
                 is_quiet = not self._ledger.is_busy
-                if is_quiet and not self._ledger.outstanding:
-                    return
+                is_over = is_quiet and not self._ledger.outstanding
                 if not is_quiet:
                     self._changed.wait(self._wait_s)
-            if is_quiet:
+            if is_over and not self._find_others():
+                return
+            if is_quiet and not is_over:
                 self._end_outstanding()
             else:
                 self._tell(lambda: None)  # a doubted source may be asked again by now
+
+    def _find_others(self) -> bool:
+        """Look once more who has what could not be had; whether that was done now."""
+        rows, look_again = tuple(self._ledger.failures), self._look_again
+        self._look_again = None
+        if look_again is None or not rows or self._ledger.is_cancelled:
+            return False
+        found = look_again(rows)
+        self._sources |= {source: source for source in found.sources}
+        parties: dict[Hashable, Party] = {
+            each: Party(each.name, LATE_TIER, each.lanes, each.limits) for each in found.sources
+        }
+        self._tell(partial(self._ledger.offered, found.offers, found.expected, parties))
+        return True
 
     def _end_outstanding(self) -> None:
         """Nothing of ours is under way any more but what was given up on: have that end, too."""

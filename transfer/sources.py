@@ -22,7 +22,7 @@ from transfer.destination import Destination, Resident
 from transfer.engine import Copy, TransferEngine
 from transfer.errors import CheckpointError, SomeLost, TransferFailed
 from transfer.memory import populate, view
-from transfer.plan import Batch, Limits, Piece, coalesce, sliced, split
+from transfer.plan import Batch, Limits, Piece, coalesce, in_pieces, sliced, split
 
 LOCAL_LANES_MAX = 16
 LOCAL_BATCH_NBYTES_MIN = 8 << 20
@@ -31,6 +31,7 @@ BATCHES_PER_LANE = 4  # so that no lane is left with much more to do than the ot
 PEER_LANES_MAX = 6  # 16 cores: 16 GB/s over loopback, 15 with 2 or 3
 DISK_LANES_MAX = 16
 DISK_BATCH_NBYTES = 64 << 20
+RECALLED = "was recalled"
 
 
 class SourceKind(StrEnum):
@@ -74,7 +75,10 @@ class HeldMemory(Protocol):
 
 
 class HostMemory:
-    """A segment of this host. Its owner may withdraw a block at any time, so that is asked before and after."""
+    """A segment of this host. Its owner may withdraw a block at any time, so that is asked before and after.
+
+    A batch that is recalled ends between two pieces of it: what was taken is in place, and the others are not begun.
+    """
 
     kind = SourceKind.LOCAL
 
@@ -86,20 +90,35 @@ class HostMemory:
         lanes: int = LOCAL_LANES_MAX,
         limits: Limits = Limits(),  # noqa: B008 - it is frozen
         kept_by: tuple[memoryview, ...] = (),
+        piece_nbytes: int = LOCAL_BATCH_NBYTES_MAX,
     ) -> None:
-        """`kept_by` are views that keep the memory mapped, where having `memory` does not."""
+        """`kept_by` are views that keep the memory mapped, where having `memory` does not.
+
+        `piece_nbytes` is how much is taken at a time, at least a block: little, where taking it means to send it.
+        """
         self.name = name
         self.lanes = lanes
         self.limits = limits
         self._memory = memory
         self._kept_by = kept_by
+        self._piece_nbytes = piece_nbytes
 
     def fetch(self, batch: Batch, destination: Destination) -> Mapping[int, bytes]:
-        held = self._memory.held(want.row for want in batch.wants)
-        here = [Resident(want, *held[want.row], self._kept_by) for want in batch.wants if want.row in held]
-        taken = destination.take(here)
+        taken: dict[int, bytes] = {}
+        lost: dict[int, str] = {}
+        for piece in in_pieces(batch.wants, self._piece_nbytes):
+            if batch.watch.is_recalled:
+                lost |= dict.fromkeys((want.row for want in piece), RECALLED)
+                continue
+            held = self._memory.held(want.row for want in piece)
+            here = [Resident(want, *held[want.row], self._kept_by) for want in piece if want.row in held]
+            taken |= destination.take(here)
+            batch.watch.arrived_nbytes += sum(block.want.nbytes for block in here)
         still = self._memory.held(taken)
-        return {row: checksum for row, checksum in taken.items() if row in still}
+        came = {row: checksum for row, checksum in taken.items() if row in still}
+        if lost:
+            raise SomeLost(lost, came)
+        return came
 
     def close(self) -> None:
         """Nothing is open: the memory is not ours."""
@@ -224,7 +243,7 @@ class Disk:
                     taken: dict[int, bytes] = {}
                     for row, (piece,) in landed.pieces.items():
                         if batch.watch.is_recalled:
-                            lost[row] = "was recalled"
+                            lost[row] = RECALLED
                             continue
                         try:
                             taken[row] = reader.read_block(row, view(piece.destination, piece.nbytes))

@@ -6,7 +6,8 @@ at a time: a second one waits for the answer that is under way, so one that is s
 of its failures grows faster for being asked often (`app.cluster.membership`).
 
 A peer whose name cannot be looked up keeps a thread for as long as the resolver likes, and that cannot be cut short: so
-who has not answered for LOOK_WAIT_S is not waited for again.
+who has not answered for LOOK_WAIT_S is not waited for again. And one that failed when it was last asked is waited for
+no longer than one that is well takes to answer: else each of many small restores would wait for it anew.
 
 That a peer answers says nothing of the ports that its bytes go through: whether those can be connected to is tried now
 and then, so that it is told before a restore finds out.
@@ -32,6 +33,7 @@ from transfer.loop import Loop
 
 PROBE_INTERVAL_S = 1.0
 LOOK_WAIT_S = 3.0  # a peer is given two seconds to say how it is; who is slower than that is not waited for
+FAILING_WAIT_S = 0.5  # for who failed the last time: who is back answers within that, or is heard of a second later
 CONNECT_INTERVAL_S = 30.0  # between two tries to connect to a peer's memory
 CONNECT_WAIT_S = 2.0
 ASK_THREADS_MAX = 64
@@ -70,12 +72,17 @@ class Prober:
         return PROBE_INTERVAL_S
 
     def look(self, wait_s: float = LOOK_WAIT_S) -> None:
-        """Ask every peer now, and wait until all have answered or failed, or for `wait_s`. Never raises for a peer."""
-        wait(self._ask_all(), wait_s)
+        """Ask every peer now, and wait until all have answered or failed, or for `wait_s`, and for who failed before
+        for FAILING_WAIT_S. Never raises for a peer."""
+        failing = {peer.node_id for peer in self._cluster.peers() if peer.failures}
+        asked = self._ask_all()
+        wait([each for node_id, each in asked.items() if node_id not in failing], wait_s)
+        wait([each for node_id, each in asked.items() if node_id in failing], min(wait_s, FAILING_WAIT_S))
 
-    def _ask_all(self) -> list[Future[None]]:
+    def _ask_all(self) -> dict[str, Future[None]]:
+        """By peer, the answers that are worth waiting for."""
         if self._pool is None or self.loop.is_stopped:
-            return []
+            return {}
         with self._lock:
             for peer in self._cluster.peers():
                 asked, _ = self._under_way.get(peer.node_id, (None, 0.0))
@@ -83,7 +90,8 @@ class Prober:
                     with suppress(RuntimeError):  # it is being stopped, or the system has no more threads
                         self._under_way[peer.node_id] = self._pool.submit(self._ask, peer), time.monotonic()
             since = time.monotonic() - LOOK_WAIT_S
-            return [asked for asked, at in self._under_way.values() if asked.done() or at >= since]
+            under_way = self._under_way.items()
+            return {node_id: asked for node_id, (asked, at) in under_way if asked.done() or at >= since}
 
     def _ask(self, peer: Peer) -> None:
         asked_at = self._cluster.now()

@@ -71,6 +71,8 @@ class Caretaker:
         report = restore.progress.report()
         if report.error:
             _log.error("the node is not complete: %s", report.error)
+        if report.ok:
+            self._upkeep.brought()
         return True
 
     def _next(self) -> Bringing | None:

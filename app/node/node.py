@@ -35,7 +35,7 @@ from app.cluster.prober import Prober
 from app.node.adoption import OwnCheckpoint
 from app.node.destination import SegmentDestination
 from app.node.holding import NOTHING, Holding
-from app.node.offering import DISK, offer
+from app.node.offering import DISK, SecondLook, offer
 from app.node.proofs import Proofs
 from app.settings import Settings
 from shm.block import ExpertKey
@@ -383,6 +383,9 @@ class Node:
             partial(self._settle, holding),
             {**offered.reasons, **without_room},
             self._reader.fence,
+            SecondLook(holding, self.cluster, self.look, self._reach, without_room)
+            if SourceKind.PEER in kinds
+            else None,
         )
 
     def _reach(self, node_id: str, held: PeerBlocks) -> PeerMemory:

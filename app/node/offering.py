@@ -1,15 +1,19 @@
-"""Who has the blocks that this node restores, nearest first: the same for its own segment and for its consumers."""
+"""Who has the blocks that this node restores, nearest first: the same for its own segment and for its consumers.
+
+Peers come back and are filled while a restore runs: before it gives a block up, it looks once more (`SecondLook`).
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from app.cluster.cluster import Cluster
 from app.cluster.membership import PeerState
 from app.cluster.peers import PeerBlocks
 from app.node.holding import Holding
 from transfer.offers import Holder, Offers, offers
+from transfer.restore import Found
 from transfer.sources import Disk, HostMemory, PeerMemory, Source, on_disk
 
 DISK = "disk"
@@ -57,3 +61,40 @@ def offer(
             "%d blocks of %s are left aside: replicas disagree on them, or differ from our record", count, name
         )
     return tiers, offered
+
+
+class SecondLook:
+    """Of one restore: what peers offer by then that they did not when it was planned, which is when this is made."""
+
+    def __init__(
+        self,
+        holding: Holding,
+        cluster: Cluster,
+        look: Callable[[], None],
+        reach: Reach,
+        without_room: Collection[int] = (),
+    ) -> None:
+        """`look` asks every peer how it is. Rows `without_room` cannot be brought, whoever has them."""
+        self._holding, self._cluster, self._look, self._reach = holding, cluster, look, reach
+        self._without_room = without_room
+        self._before = cluster.holdings()
+
+    def __call__(self, rows: Sequence[int]) -> Found:
+        self._look()
+        rows = [row for row in rows if row not in self._without_room]
+        now = self._cluster.holdings()
+        sources = {node: self._reach(node, held) for node, held in now.items()}
+        expected = {row: self._holding.segment.checksum(row) for row in rows if self._holding.is_recorded(row)}
+        found = offers(rows, [Holder(sources[node], held.blocks) for node, held in now.items()], expected)
+        node_of = {source: node for node, source in sources.items()}
+        new = {
+            row: [offer for offer in each if self._is_new(node_of[offer.source], now, row)]  # type: ignore[index]
+            for row, each in found.by_row.items()
+        }
+        return Found(list(sources.values()), new, found.expected)
+
+    def _is_new(self, node: str, now: Mapping[str, PeerBlocks], row: int) -> bool:
+        before = self._before.get(node)
+        if before is None or before.session_id != now[node].session_id:
+            return True
+        return before.blocks.get(row) != now[node].blocks[row]

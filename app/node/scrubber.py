@@ -82,9 +82,16 @@ class Scrubber:
         _log.warning("%d blocks arrived wrong somewhere, first %s: proving them next", len(experts), first)
 
     def prove(self, holding: Holding, row: int) -> bool:
-        """Take a published block's checksum; whether it is the one on record. A block that is not is hidden."""
+        """Take a published block's checksum; whether it is the one on record. A block that is not is hidden.
+
+        One that the object ends before is left to the guard, which gives the object its length first: where to write
+        that it is hidden may be cut off as well, and whoever touches that dies of it.
+        """
         segment, recorded = holding.segment, holding.segment.checksum(row)
-        if segment.read_checksum(row) == recorded:
+        found = segment.read_checksum(row)
+        if found is None:
+            return False
+        if found == recorded:
             holding.proofs.note(row)
             self.proved += 1
             return True

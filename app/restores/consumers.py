@@ -147,7 +147,8 @@ class ConsumerStore:
     def lease(self, consumer_id: str, epoch: int, push_id: str) -> float:
         """Let a push of a peer's write to it: for how many seconds from now. Asked again, for as many more.
 
-        Raises NotFound where it is not registered, Conflict where it was registered anew, or is being taken back.
+        Raises NotFound where it is not registered, Conflict where it was registered anew, or is being taken back, or
+        the push was recalled.
         """
         with self._changed:
             consumer = self.get(consumer_id)
@@ -164,6 +165,11 @@ class ConsumerStore:
         with self._changed:
             consumer.grants.end(push_id)
             self._changed.notify_all()
+
+    def withdraw_lease(self, consumer: Consumer, push_id: str) -> None:
+        """A peer's push is wanted no longer: it begins nothing more once the time is over that it was given."""
+        with self._changed:
+            consumer.grants.withdraw(push_id)
 
     def _forget_expired(self) -> None:
         for consumer in list(self._consumers.values()):

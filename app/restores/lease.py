@@ -13,12 +13,14 @@ lease has said that it ended, or its lease has run out.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.errors import Conflict
 
 LEASE_S = 5.0  # of one grant; a push takes a second, and asks again if it takes longer
+WITHDRAWN_MAX = 1024  # pushes of one registration that are remembered for having been recalled
 MARGIN_S = 1.0  # that the granting side waits longer: for the transfer begun last, which its writer then gives up
 
 
@@ -71,14 +73,24 @@ class Grants:
 
     def __init__(self) -> None:
         self._until: dict[str, float] = {}
+        self._withdrawn: deque[str] = deque(maxlen=WITHDRAWN_MAX)
 
     def give(self, push_id: str, seconds: float, now: float) -> None:
-        """A push may write for that long from now on; one that has a lease already may write for longer."""
+        """A push may write for that long from now on; one that has a lease already may write for longer.
+
+        Raises Conflict for one that was recalled.
+        """
+        if push_id in self._withdrawn:
+            raise Conflict("the push was recalled: what it has not begun to write is not wanted any more")
         self._until[push_id] = max(self._until.get(push_id, 0.0), now + seconds + MARGIN_S)
 
     def end(self, push_id: str) -> None:
         """The push has ended."""
         self._until.pop(push_id, None)
+
+    def withdraw(self, push_id: str) -> None:
+        """The push is wanted no longer: it is given no more time. What it has runs out, or it says that it ended."""
+        self._withdrawn.append(push_id)
 
     def left_s(self, now: float) -> float:
         """Seconds until the last of them has run out; 0 once none may be written under."""

@@ -45,6 +45,7 @@ class LocalRestore:
     push: ConsumerPush | None = None
     progress: Progress = field(default_factory=Progress)
     finished: threading.Event = field(default_factory=threading.Event)
+    _has_begun: bool = False
     _running: Restore | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -65,7 +66,18 @@ class LocalRestore:
             self.progress.forget_failed(FAILED_LISTED_MAX)
             self.finished.set()
 
+    def widen(self, experts: Iterable[ExpertKey]) -> bool:
+        """Have it bring these experts, too, if it has not begun; whether it does."""
+        with self._lock:
+            if self._has_begun or self.is_over:
+                return False
+            if self.wanted is not None:
+                self.wanted = Wanted({*self.wanted.keys(), *experts})
+            return True
+
     def _run(self, target: Node | ConsumerPush) -> None:
+        with self._lock:
+            self._has_begun = True
         experts = None if self.wanted is None else self.wanted.keys()
         restore = target.plan_restore(experts, self.kinds, self.progress)
         with self._lock:

@@ -22,7 +22,7 @@ from app.documents import LeaseDocument, PushDocument, PushedExpert, PushLease, 
 from app.errors import Conflict, LimitReached, PeerFailed, Unavailable
 from app.node.holding import Holding
 from app.node.node import Node
-from app.node.offering import DISK, offer
+from app.node.offering import DISK, SecondLook, offer
 from app.restores.consumers import Consumer, ConsumerStore
 from app.restores.lease import HeldLease
 from shm.block import ExpertKey
@@ -31,15 +31,15 @@ from shm.manifest import Manifest
 from transfer.checkpoint.content import PinnedCheckpoint
 from transfer.client.http import NodeRefused, NodeUnreachable, quoted
 from transfer.destination import Destination
-from transfer.engine import TransferEngine, session_host
+from transfer.engine import TransferEngine, Watch, session_host
 from transfer.errors import NothingToRestore
 from transfer.plan import Batch, Want
 from transfer.progress import Progress
-from transfer.push.destination import PUSH_LANES, PUSH_LIMITS, ConsumerDestination
+from transfer.push.destination import PUSH_LANES, PUSH_LIMITS, PUSH_PIECE_NBYTES, ConsumerDestination
 from transfer.push.table import PushTable
 from transfer.push.writer import WriteFailed, Writer
 from transfer.restore import Restore
-from transfer.sources import Disk, HostMemory, PeerMemory, SourceKind
+from transfer.sources import RECALLED, Disk, HostMemory, PeerMemory, SourceKind
 
 PUSHES_MAX = 16  # that this node does for others at a time
 PUSH_TIMEOUT_S = 30.0  # for a peer's answer to one push; it gives its own writes up after 10 or 20
@@ -169,7 +169,14 @@ class PushDesk:
 def _own_memory(holding: Holding) -> HostMemory:
     """A node's segment as its transfer engine has it registered, kept mapped for as long as this source lives."""
     kept_by = holding.segment.mappings()
-    return HostMemory(holding.node_id, holding, lanes=PUSH_LANES, limits=PUSH_LIMITS, kept_by=kept_by)
+    return HostMemory(
+        holding.node_id,
+        holding,
+        lanes=PUSH_LANES,
+        limits=PUSH_LIMITS,
+        kept_by=kept_by,
+        piece_nbytes=PUSH_PIECE_NBYTES,
+    )
 
 
 def _mend_rows(mend: Mend, manifest: Manifest, rows: Sequence[int]) -> None:
@@ -209,17 +216,26 @@ class Asking:
             },
         }
         with consumer.writing():
-            answer = self._ask(body, push_id)
+            answer = self._ask(body, push_id, batch.watch)
             if answer.consumer_error is not None:
                 raise WriteFailed(answer.consumer_error)
         pushed = {self._manifest.index(p.layer, p.expert): bytes.fromhex(p.said) for p in answer.pushed}
         return consumer.note(pushed, {self._manifest.index(f.layer, f.expert): f.said for f in answer.failed})
 
-    def _ask(self, body: dict[str, Any], push_id: str) -> PushDocument:
-        """The lease ends with the peer's answer. Where none comes it runs out: the peer may still be writing."""
+    def _ask(self, body: dict[str, Any], push_id: str, watch: Watch) -> PushDocument:
+        """The lease ends with the peer's answer. Where none comes it runs out: the peer may still be writing.
+
+        One that gave no answer gets no more time. One that is recalled is waited for all the same: only its answer says
+        that nothing of it is under way (tried: over a slow link, on a busy host, it was not over with its lease).
+        """
         for _ in range(BUSY_RETRIES_MAX):
+            if watch.is_recalled:
+                raise PeerFailed(f"{self._url}: the push {RECALLED}")
             try:
                 answer = self._push.client.request("POST", self._url, json=body, timeout=PUSH_TIMEOUT_S)
+            except NodeUnreachable:
+                self._push.withdraw_lease(push_id)
+                raise
             except NodeRefused as error:
                 if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:  # it did not begin
                     self._push.end_lease(push_id)
@@ -241,6 +257,7 @@ class ConsumerPush:
     consumer: Consumer
     hold: Hold
     end_lease: Callable[[str], None]
+    withdraw_lease: Callable[[str], None]
     mend: Mend
     read_back: bool
     _destination: ConsumerDestination | None = None
@@ -286,12 +303,13 @@ class ConsumerPush:
             report_corrupt=partial(_mend_rows, self.mend, manifest),
         )
         pinned = holding.disk if SourceKind.DISK in kinds else None
+        reach = partial(self._reach, destination, holding) if SourceKind.PEER in kinds else None
         tiers, offered = offer(
             holding,
             rows,
             self.node.cluster,
             _own_memory(holding),
-            partial(self._reach, destination, holding) if SourceKind.PEER in kinds else None,
+            reach,
             None if pinned is None else _disk(pinned),
         )
         return Restore(
@@ -303,6 +321,7 @@ class ConsumerPush:
             progress,
             settle=self.node.writer.fence,
             reasons=offered.reasons,
+            look_again=None if reach is None else SecondLook(holding, self.node.cluster, self.node.look, reach),
         )
 
     def _reach(self, destination: ConsumerDestination, holding: Holding, node_id: str, _: PeerBlocks) -> PeerMemory:

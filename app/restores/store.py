@@ -58,6 +58,9 @@ class RestoreStore:
         self._keys_taken: set[str] = set()
         self._keys_changed = threading.Condition()
         self._stopped = False
+        self._mending: LocalRestore | None = None
+        """The latest that `mend` started."""
+        self._mending_lock = threading.Lock()
 
     def start(self) -> None:
         for worker in self.workers.values():
@@ -169,19 +172,26 @@ class RestoreStore:
         """Queue a restore into a consumer's memory. Raises what is wrong with it, or LimitReached."""
         hold = partial(self._consumers.hold, consumer)
         end_lease = partial(self._consumers.end_lease, consumer)
-        push = ConsumerPush(self._node, self._client, consumer, hold, end_lease, self.mend, read_back)
+        withdraw_lease = partial(self._consumers.withdraw_lease, consumer)
+        push = ConsumerPush(self._node, self._client, consumer, hold, end_lease, withdraw_lease, self.mend, read_back)
         push.rows_of(experts)
         wanted = None if experts is None else Wanted(experts)
         restore = LocalRestore(uuid.uuid4().hex, self._node.settings.node_id, wanted, kinds, push)
         return self._enqueue(self.workers["consumer"], restore)
 
     def mend(self, experts: Sequence[ExpertKey]) -> None:
-        """Blocks of ours were found to be wrong: bring them back, when there is time for it."""
+        """Blocks of ours were found to be wrong: bring them back, when there is time for it.
+
+        Those that wait are brought together: rot comes in numbers, and each restore asks every peer how it is.
+        """
         _log.error("%d blocks do not match their checksums, first %s: restoring them", len(experts), experts[0])
-        try:
-            self.start_local(tuple(experts), ALL_KINDS)
-        except HotspareError as error:
-            _log.error("they cannot be restored now: %s", error)
+        with self._mending_lock:
+            if self._mending is not None and self._mending.widen(experts):
+                return
+            try:
+                self._mending = self.start_local(tuple(experts), ALL_KINDS)
+            except HotspareError as error:
+                _log.error("they cannot be restored now: %s", error)
 
     def _enqueue(self, worker: Worker, restore: LocalRestore) -> LocalRestore:
         with self._lock:

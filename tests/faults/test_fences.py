@@ -96,5 +96,36 @@ def test_what_a_paused_peer_sends_late_reaches_no_published_block(
     assert held(namespace, "n1") == expected_blocks(moe_checkpoint)
 
 
+def test_what_a_paused_peer_sends_late_reaches_no_segment_that_took_the_place_of_the_one_it_was_for(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    namespace: str,
+    moe_checkpoint: Path,
+    expected_blocks: Callable[..., Blocks],
+    held: Callable[..., Blocks],
+    wait_until: Callable[..., Any],
+) -> None:
+    """The name is lost while a stopped peer is being read from: what was mapped is let go, and its addresses used."""
+    ports = {node: free_port() for node in ("n0", "n1")}
+    environment = {"MC_TRANSFER_TIMEOUT": "1"}
+    peer = serve("n0", ports, checkpoint=moe_checkpoint, replicas=2, env=environment).wait_ready()
+    node = serve("n1", ports, checkpoint=moe_checkpoint, replicas=2, env=environment).wait_ready()
+    path, theirs = (Path("/dev/shm") / peer_segment(each, namespace) for each in (node, peer))
+    with path.open("r+b") as file:  # every block is to come anew
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size - path.stat().st_size // 2))
+    peer.pause()
+    restore_id = node.restore()
+    path.unlink()
+    assert node.wait_restore(restore_id)["state"] == "succeeded"
+    wait_until(lambda: path.exists() and node.ask("GET", "/readyz").status_code == 200, "it has its name again")
+    with theirs.open("r+b") as file:
+        file.seek(theirs.stat().st_size // 2)
+        file.write(bytes(theirs.stat().st_size - theirs.stat().st_size // 2))
+    peer.signal(signal.SIGCONT)
+    wait_until(lambda: peer.ask("GET", "/livez").status_code == 200, "it is awake")
+    assert held(namespace, "n1") == expected_blocks(moe_checkpoint)
+
+
 def peer_segment(peer: Any, namespace: str) -> str:
     return next(p.name for p in Path("/dev/shm").glob(f"hotspare.{namespace}.*.{peer.node_id}*"))

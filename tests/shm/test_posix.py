@@ -234,3 +234,40 @@ def test_pages_that_are_given_back_are_free_and_read_as_zeros(namespace: str, pa
     assert os.fstat(fd).st_size == 1 << 20
     assert os.pread(fd, 1 << 20, 0) == b"x" * (1 << 18) + bytes(1 << 18) + b"x" * (1 << 19)
     os.close(fd)
+
+
+# -- squatting -----------------------------------------------------------------------------------------------------
+
+CLAIM_AS = """
+import os, sys
+from shm.layout import SegmentName
+from shm.segment import Segment
+os.setuid(int(sys.argv[2]))
+try:
+    Segment.claim(SegmentName(sys.argv[1], "tiny", "n0"))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@as_root
+@pytest.mark.parametrize("kind", ["object", "fifo", "sealed by another"])
+def test_a_name_that_another_user_took_first_is_refused_with_all_that_can_be_done(
+    sealed: Callable[..., Segment], namespace: str, path: Path, kind: str
+) -> None:
+    """Whoever starts a node there is not to be told to be whoever starts the node."""
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "object":
+        path.touch(0o600)
+    else:
+        sealed().close()
+    os.chown(path, STRANGER, STRANGER)
+    ran = subprocess.run(
+        [sys.executable, "-c", CLAIM_AS, namespace, str(STRANGER + 1)],
+        cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert ran.stdout.startswith("SegmentForbidden" if kind != "fifo" else "Segment"), ran.stderr
+    for remedy in ("run as the user", "remove it (`rm`", "--node-id", "--namespace"):
+        assert remedy in ran.stdout
+    assert path.exists(), "it is not ours to remove"

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from shm.layout import (
 )
 from shm.manifest import Manifest
 from shm.segment import Segment
+from shm.twin import Twin
 
 # Brings a segment to the state that it is asked for, says so, and waits to be told to end.
 OWNER = """
@@ -922,3 +924,24 @@ def test_addresses_are_where_the_bytes_are(sealed: Callable[..., Segment]) -> No
         view = np.frombuffer(segment.block(row), np.uint8)
         assert view.ctypes.data == segment.address(row)
         assert segment.address(row) % mmap.PAGESIZE == 0
+
+
+def test_nobody_is_told_that_it_is_sealed_before_readers_find_it_so(
+    sealed: Callable[..., Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node was READY, and who attached at once was told to wait until it is."""
+    segment, told = sealed(rows=[0, 1]), list[SegmentState]()
+    segment.extend([2])
+    segment._header = replace(segment.header, state=SegmentState.FILLING)
+    segment._write_header()
+    write = Twin.write
+
+    def look(self: Twin, fd: int) -> None:
+        told.append(segment.state)
+        write(self, fd)
+
+    monkeypatch.setattr(Twin, "write", look)
+    segment._table.hide(2)
+    segment.publish(2, bytes(16))
+    segment.seal()
+    assert (told, segment.state) == ([SegmentState.FILLING], SegmentState.SEALED)

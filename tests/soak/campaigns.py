@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from tests.soak import contents, flips, kills, pauses
+from tests.soak import contents, flips, hostile, kills, objects, pauses
 from tests.soak.ground import Ground
 from tests.soak.tally import Tally
 
@@ -25,6 +25,8 @@ CAMPAIGNS: Mapping[str, Round] = {
     "flips": flips.run_round,
     "contents": contents.run_round,
     "kills": kills.run_round,
+    "hostile": hostile.run_round,
+    "objects": objects.run_round,
 }
 
 

@@ -164,6 +164,11 @@ class Ground:
             self._zygotes[modules] = Zygote(*modules)
         return self._zygotes[modules]
 
+    def prepare(self) -> None:
+        """Have what processes are forked from. It stays in the network that it was made in: not in one of a round."""
+        assert self.node_zygote
+        assert self.torch_zygote
+
     @property
     def node_zygote(self) -> Zygote:
         return self._zygote(NODE_MODULES)

@@ -68,8 +68,7 @@ class Image:
         return int(entries["offset"][0]), int(entries["nbytes"][0])
 
     def block(self, row: int) -> bytes:
-        offset, nbytes = self.place(row)
-        return self.memory[offset : offset + nbytes]
+        return self._bytes(*self.place(row))
 
     def wrong(self, expected: Sequence[bytes]) -> list[int]:
         """Rows that are published and do not have the bytes that they should."""
@@ -92,6 +91,15 @@ class Image:
         ):
             found |= {name: (offset, nbytes), f"second {name}": (copy_offset(offset, nbytes), nbytes)}
         return found | {f"block {row}": self.place(row) for row in self.published()}
+
+    def unlike(self) -> list[str]:
+        """The sections that are there twice, and not the same."""
+        sections = self.sections()
+        pairs = {name: (sections[name], sections[f"second {name}"]) for name in ("header", "manifest", "table")}
+        return [name for name, (one, other) in pairs.items() if self._bytes(*one) != self._bytes(*other)]
+
+    def _bytes(self, offset: int, nbytes: int) -> bytes:
+        return self.memory[offset : offset + nbytes]
 
 
 def look(namespace: str, node: str) -> Image | None:

@@ -310,5 +310,6 @@ def run_round(
 
 def run_slow_round(ground: Ground, chance: random.Random, tally: Tally, seconds: float, keep: Path | None) -> None:
     """Over a slow link; the word is drawn, too."""
+    ground.prepare()
     with slow_link() as link, ground.field(keep, link.path) as field:
         Scene(ground, field, chance, tally, chance.choice((None, "unregister", "DELETE")), link).run(seconds)

@@ -44,7 +44,7 @@ def ground() -> Iterator[Ground]:
 slow = pytest.param("slow", marks=pytest.mark.skipif(bool(reason := why_not()), reason=reason))
 
 
-@pytest.mark.parametrize("name", ["pauses", "given-back", slow, "flips", "contents", "kills"])
+@pytest.mark.parametrize("name", ["pauses", "given-back", slow, "flips", "contents", "kills", "hostile", "objects"])
 def test_a_short_campaign_finds_nothing_wrong(ground: Ground, name: str) -> None:
     tally = run_campaign(ground, name, SEED, round_s=ROUND_S)
     assert tally.violations == []

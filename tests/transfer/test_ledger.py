@@ -124,6 +124,8 @@ class Block:
             "published": lambda: self.ledger.published(7),
             "ended": lambda: self.ledger.ended(self.late or batch),
             "cancel": lambda: self.ledger.cancel(),
+            "offered": lambda: self.ledger.offered({7: [Offer("c", 7)]}, {7: RIGHT}, {"c": party("c", 1)}),
+            "offered as other": lambda: self.ledger.offered({7: [Offer("c", 7)]}, {7: WRONG}, {"c": party("c", 1)}),
         }
         events[event]()
 
@@ -152,6 +154,8 @@ BLOCK_TABLE: dict[str, tuple[Stage | None, ...]] = {
     "published":             (None,  None,     None,      P,    None,     None,     None),
     "ended":                 (None,  None,     None,      None, V,        None,     None),
     "cancel":                (W,     U,        V,         R,    H,        P,        F),
+    "offered":               (W,     U,        V,         R,    H,        P,        W),
+    "offered as other":      (W,     U,        V,         R,    H,        P,        F),
 }
 # fmt: on
 CASES = [
@@ -173,8 +177,9 @@ def test_block(stage: Stage, event: str, after: Stage | None) -> None:
     assert block.stage is after
 
 
-def test_the_table_of_steps_has_no_way_out_of_published_or_failed_and_uses_every_event() -> None:
-    assert {stage for stage, _ in STEPS}.isdisjoint({Stage.PUBLISHED, Stage.FAILED})
+def test_the_table_of_steps_has_no_way_out_of_published_and_one_out_of_failed_and_uses_every_event() -> None:
+    assert Stage.PUBLISHED not in {stage for stage, _ in STEPS}
+    assert [event for stage, event in STEPS if stage is Stage.FAILED] == [Event.OFFERED]
     assert {event for _, event in STEPS} == set(Event)
     assert {stage for stage, _ in STEPS} | set(STEPS.values()) == set(Stage)
 
@@ -671,6 +676,17 @@ def test_a_destination_that_is_gone_fails_what_is_wanted_and_lets_what_is_under_
 
 
 # -- cancelling ------------------------------------------------------------------------------------------------
+
+
+def test_cancelling_recalls_what_is_under_way_once_and_keeps_what_comes_all_the_same() -> None:
+    race = Race(blocks=4)
+    others = race.ledger.next(1.0).move
+    assert set(race.ledger.cancel()) == {race.slow, *others}
+    assert race.ledger.cancel() == ()
+    race.ledger.moved(race.slow, {want.row: RIGHT for want in race.slow.wants}, 2.0)
+    orders = race.ledger.next(2.0)
+    assert [block.want for block in orders.publish] == list(race.slow.wants)
+    assert (orders.move, orders.recall) == ((), ())
 
 
 def test_cancelling_starts_nothing_more_and_lets_what_is_under_way_end() -> None:

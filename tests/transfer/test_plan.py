@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from transfer import plan
 from transfer.engine import Copy
-from transfer.plan import Batch, Limits, Queue, Want, coalesce, sliced, split
+from transfer.plan import Batch, Limits, Queue, Want, coalesce, in_pieces, sliced, split
 
 AT_SOURCE = 1 << 20  # where the source's addresses start; destinations start at 0
 Waiting = list[tuple[Want, int]]
@@ -134,3 +134,9 @@ def test_who_is_sent_away_waits_no_longer() -> None:
 def test_nothing_to_move_makes_no_call() -> None:
     assert split((), Limits()) == []
     assert split((Copy(3, 33, 0),), Limits()) == []
+
+
+def test_pieces_keep_the_order_and_are_no_larger_than_was_said_but_for_one_block() -> None:
+    wants = [Want(row, nbytes, None) for row, nbytes in enumerate((3, 4, 9, 1, 1, 33, 2))]
+    assert [[want.row for want in piece] for piece in in_pieces(wants, 10)] == [[0, 1], [2, 3], [4], [5], [6]]
+    assert in_pieces([], 10) == []

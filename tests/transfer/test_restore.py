@@ -18,7 +18,7 @@ import xxhash
 
 from shm.block import ExpertKey, HeldBlock
 from shm.errors import HotspareError
-from tests.processes import wait_until
+from tests.processes import DEADLINE_S, wait_until
 from transfer.checkpoint import read_checkpoint
 from transfer.checkpoint.content import pin
 from transfer.destination import Destination, Landing, Resident
@@ -27,7 +27,7 @@ from transfer.ledger import OFFER_TRIES_MAX
 from transfer.memory import view
 from transfer.plan import Batch, Limits, Offer, Piece, Want
 from transfer.progress import Progress, Report, RestoreState
-from transfer.restore import Restore
+from transfer.restore import Found, Restore
 from transfer.sources import Disk, HostMemory, Source, SourceKind, on_disk
 from transfer.standing import SOURCE_FAILURES_MAX
 
@@ -379,6 +379,48 @@ def test_what_a_silent_source_was_asked_for_is_recalled_and_brought_by_another(
     assert len(silent.fetched) == 2, "one batch, and never again"
 
 
+def found(case: Case, source: Any, rows: Iterable[int]) -> Found:
+    """What that source has turned up with."""
+    rows = list(rows)
+    offers = {row: [Offer(source, case.truth.address(row))] for row in rows}
+    return Found([source], offers, {row: xxhash.xxh3_128_digest(case.truth.block(row)) for row in rows})
+
+
+def test_before_blocks_are_given_up_it_is_looked_once_more_who_has_them(case: Case) -> None:
+    """A peer that came back while the others were asked was asked for nothing: its blocks had failed by then."""
+    broken, late, asked = Odd("broken", before=fail()), Odd("late"), list[tuple[int, ...]]()
+
+    def look_again(rows: Sequence[int]) -> Found:
+        asked.append(tuple(rows))
+        return found(case, late, rows)
+
+    report = case.restore([Odd("good"), broken], only={"good": set(range(5))}, look_again=look_again).run()
+    assert report.ok
+    case.check(report)
+    assert asked == [tuple(range(5, 13))], "once, and for nothing that others had"
+    assert sorted(late.fetched) == list(range(5, 13))
+    assert late.closed == 1
+
+
+def test_who_turns_up_late_and_is_broken_or_of_other_content_or_nobody_at_all_ends_it(case: Case) -> None:
+    broken, looks = Odd("broken", before=fail("late and broken")), list[int]()
+    other = {row: bytes(16) for row in case.rows}
+    for turned_up in (
+        lambda rows: found(case, broken, rows),
+        lambda rows: found(case, broken, rows)._replace(expected=other),
+        lambda rows: Found([], {}, {}),
+    ):
+        report = case.restore([], look_again=lambda rows, t=turned_up: looks.append(len(rows)) or t(rows)).run()
+        case.check(report, done=set())
+    assert looks == [13, 13, 13], "once each"
+
+
+def test_a_cancelled_restore_does_not_look_again(case: Case) -> None:
+    restore = case.restore([], look_again=lambda rows: pytest.fail("it looked"))
+    restore.cancel()
+    assert restore.run().state is RestoreState.CANCELLED
+
+
 # -- sources that lie ------------------------------------------------------------------------------------------
 
 
@@ -546,6 +588,20 @@ def test_cancelling_stops_after_the_batches_under_way(case: Case) -> None:
     assert 4 < len(source.fetched) < 13
     case.check(report, done=set(source.fetched))
     assert source.closed == 1
+
+
+def test_cancelling_recalls_what_is_under_way_with_a_source_that_would_be_silent_for_ever(case: Case) -> None:
+    silent = Odd("silent", waits_for_recall=True)
+    restore = case.restore([silent])
+    running = threading.Thread(target=restore.run)
+    running.start()
+    wait_until(lambda: silent.fetched, "it was asked")
+    restore.cancel()
+    running.join(DEADLINE_S)
+    assert not running.is_alive()
+    assert silent.was_recalled
+    assert restore.report().state is RestoreState.CANCELLED
+    assert len(silent.fetched) == 2, "one batch, and never again"
 
 
 def test_one_cancelled_before_it_runs_touches_nothing(case: Case) -> None:

@@ -22,7 +22,7 @@ from transfer.destination import Landing, Resident
 from transfer.engine.double import Network
 from transfer.errors import CheckpointError, SomeLost, TransferFailed
 from transfer.plan import Batch, Piece, Want
-from transfer.sources import Disk, HostMemory, PeerMemory, local_limits, on_disk, reading
+from transfer.sources import RECALLED, Disk, HostMemory, PeerMemory, local_limits, on_disk, reading
 
 NBYTES = 3333
 
@@ -99,6 +99,24 @@ def test_a_block_that_was_withdrawn_before_is_not_taken_and_one_withdrawn_meanwh
     source = HostMemory("here", memory)
     assert source.fetch(batch_of(source, [3, 4, 5]), destination_of(places)) == {3: b"\x03"}
     assert [block.want.row for block in places.taken] == [3, 4]
+
+
+def test_what_is_recalled_of_this_hosts_memory_ends_between_two_pieces() -> None:
+    """Sent over a slow link, 64 MiB are a minute."""
+
+    class Recalling(Places):
+        def take(self, blocks: Sequence[Resident]) -> Mapping[int, bytes]:
+            batch.watch.is_recalled = len(self.taken) + len(blocks) > 3
+            return super().take(blocks)
+
+    source, places = HostMemory("here", Memory(*range(9)), piece_nbytes=2 * NBYTES), Recalling(())
+    batch = batch_of(source, range(9))
+    with pytest.raises(SomeLost) as some:
+        source.fetch(batch, destination_of(places))
+    assert [block.want.row for block in places.taken] == [0, 1, 2, 3]
+    assert some.value.came == {row: bytes([row]) for row in range(4)}
+    assert some.value.lost == dict.fromkeys(range(4, 9), RECALLED)
+    assert batch.watch.arrived_nbytes == 4 * NBYTES
 
 
 def test_batches_from_this_host_are_several_for_each_lane_and_neither_tiny_nor_huge() -> None:

@@ -43,6 +43,8 @@ class NodeAccount(NamedTuple):
     content_digest: str | None
     """None while it has pinned none."""
     blocks_unproved: int
+    started_at: str = ""
+    """Its start, as it tells it: compared, never counted with. Empty of a node that does not say."""
 
 
 def _text(document: Mapping[str, Any], name: str, url: str) -> str:
@@ -81,7 +83,8 @@ class ControlPlane:
         unproved = said.get("blocks_unproved")
         if type(unproved) is not int:
             raise NodeUnreachable(f"{url} does not answer like a Hotspare node: blocks_unproved is {unproved!r:.40}")
-        return NodeAccount(**texts, content_digest=_digest(said, url), blocks_unproved=unproved)
+        started_at = _text(said, "started_at", url) if "started_at" in said else ""
+        return NodeAccount(**texts, content_digest=_digest(said, url), blocks_unproved=unproved, started_at=started_at)
 
     def learn(self, url: str) -> str:
         """Remember the nodes that this one knows; returns its own id. Raises NodeUnreachable."""

@@ -84,9 +84,18 @@ class EngineLease:
                 _log.warning("%s", error)
 
     def drop(self) -> None:
-        """Throw our engine away, and with it whatever might still arrive; a lent one goes on."""
-        if self.is_ours:
-            self.engine, self._registered = None, []
+        """Throw our engine away, and with it whatever might still arrive; a lent one goes on.
+
+        Also what an earlier fence could not end, for whoever lets the engine go uses the memory for something else.
+        """
+        if not self.is_ours:
+            return
+        if self.fence is not None:
+            try:
+                self.fence()
+            except EngineError as error:
+                _log.error("bytes of a peer that had timed out may still arrive: %s", error)
+        self.engine, self._registered = None, []
 
 
 def is_own_address(host: str) -> bool:

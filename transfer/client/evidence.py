@@ -2,6 +2,9 @@
 
 At bind everything is looked at that is not known to be lost. Where no node could be asked then, the first restore looks
 at what it was not asked for: those experts are still in place. A layout that nothing speaks for is not written to.
+
+Of slots with parts of each block, the block itself has to be at hand. Where none of a layer's is in this host's memory,
+one is brought from a peer to be compared, or a second one where that cannot be had.
 """
 
 from __future__ import annotations
@@ -17,6 +20,10 @@ from transfer.client.report import ProofReport
 from transfer.slots.mismatch import Reference
 from transfer.slots.proof import Proofs, sample
 
+BORROWED_MAX = 2  # blocks of each layout that are tried for: they come over the network
+
+Borrow = Callable[[Sequence[int]], Iterable[tuple[int, Reference]]]
+"""Brings blocks here by manifest row, each good until the next is asked for; leaves out what it cannot have."""
 HowMuch = Literal["whole", "sample", "none"]
 Lost = Literal["all"] | Iterable[tuple[int, int]] | Callable[[str], bool]
 """All experts, these (layer, expert), or those with a tensor whose checkpoint name is wanted."""
@@ -43,7 +50,11 @@ class Evidence:
         self._how_much, self._lost = how_much, _telling(lost)
 
     def examine(
-        self, bound: BoundSlots, references: Callable[[], Mapping[int, Reference]], content: Callable[[], str | None]
+        self,
+        bound: BoundSlots,
+        references: Callable[[], Mapping[int, Reference]],
+        content: Callable[[], str | None],
+        borrow: Borrow = lambda rows: (),
     ) -> ProofReport:
         """Look at all slots that are not lost. Raises SlotMismatch, EngineError.
 
@@ -56,13 +67,14 @@ class Evidence:
         self._proofs.begin(content())
         bound.memory.follow(wait=False)
         findings = self._proofs.prove(table, bound.memory, told, looked)
+        right = [*findings.right, *self._prove_by_borrowed(bound, looked, borrow)]
         unproved = [] if self._how_much == "none" else self._proofs.lacking(table, table.rows)
         return ProofReport(
             experts_total=len(table.rows),
-            experts_proved=len(findings.right),
+            experts_proved=len(right),
             experts_lost=len(table.rows) - len(kept),
-            experts_unknown=len(findings.unknown),
-            bytes_proved=int(bound.manifest.nbytes[list(findings.right)].sum()),
+            experts_unknown=len(set(findings.unknown).difference(right)),
+            bytes_proved=int(bound.manifest.nbytes[right].sum()),
             seconds=time.monotonic() - started,
             unproved_layers=tuple(sorted({bound.manifest.keys[row].layer for row in unproved})),
         )
@@ -77,6 +89,7 @@ class Evidence:
         rows: Sequence[int],
         references: Callable[[], Mapping[int, Reference]],
         asked: Iterable[int] = (),
+        borrow: Borrow = lambda rows: (),
     ) -> list[int]:
         """Those of the rows whose layout nothing speaks for, once its slots that were not asked for are looked at.
 
@@ -92,7 +105,22 @@ class Evidence:
         if looked:
             bound.memory.follow(wait=False)
             self._proofs.prove(table, bound.memory, references(), looked)
+            self._prove_by_borrowed(bound, looked, borrow)
         return self._proofs.lacking(table, lacking)
+
+    def _prove_by_borrowed(self, bound: BoundSlots, rows: Sequence[int], borrow: Borrow) -> list[int]:
+        """Compare parts of blocks, of layouts that nothing spoke for yet, with blocks that are brought here.
+
+        Returns the rows that were right. Raises SlotMismatch, EngineError.
+        """
+        table, right = bound.table, list[int]()
+        untried = [row for row in rows if not table.is_whole(row)]
+        for _ in range(BORROWED_MAX):
+            chosen = {table.layout(row): row for row in reversed(self._proofs.lacking(table, untried))}
+            for row, reference in borrow(list(chosen.values())) if chosen else ():
+                right += self._proofs.prove(table, bound.memory, {row: reference}, [row]).right
+            untried = [row for row in untried if row not in chosen.values()]
+        return right
 
     def _chosen(self, bound: BoundSlots, rows: list[int]) -> list[int]:
         return sample(bound.table, rows) if self._how_much == "sample" else rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from shm.block import ExpertKey
 from shm.errors import InvalidInput
+from transfer.client.borrowed import borrowed
 from transfer.client.bound_slots import CPU, BoundSlots, check_not_moved, device_of
 from transfer.client.control_plane import ControlPlane
 from transfer.client.engine_lease import EngineLease
@@ -30,6 +31,7 @@ from transfer.engine import DisposableEngine
 from transfer.errors import EngineError, RestoreError
 from transfer.push.table import consumer_document
 from transfer.slots import Slots
+from transfer.slots.mismatch import Reference
 
 CONSUMER_TTL_S = 300.0
 
@@ -180,8 +182,9 @@ class Restorer:
         """Let others have these slots filled, with no code of this process running: `POST /v1/restores` to any node.
 
         The slots are opened to the transfer engine, those in GPU memory too, and the registration is renewed in the
-        background, also with a node that was restarted, until `unregister`, `bind` or `close`; it outlives a process
-        that dies by `ttl_s` at most. Nothing in flight may use the slots while they are filled.
+        background, also with a node that was restarted, until `unregister`, `bind` or `close`, or until somebody else
+        has it removed; it outlives a process that dies by `ttl_s` at most. Nothing in flight may use the slots while
+        they are filled.
 
         Raises InvalidInput before `bind`, RestoreError without a manifest, EngineError for memory that the engine does
         not take, NodeUnreachable or NodeRefused where the node does not take the registration.
@@ -200,7 +203,7 @@ class Restorer:
             document = consumer_document(
                 self._slots, bound.manifest, inbox.session_id, ttl_s, self._around.content.digest
             )
-            self._registration = Registration(self._control, consumer_id, document)
+            self._registration = Registration(self._control, consumer_id, document, inbox.drop)
             self._inbox = inbox
 
     def unregister(self) -> None:
@@ -294,12 +297,21 @@ class Restorer:
             self._evidence.forget()
             return ProofReport.of_nothing(self._slots.keys)
         references = partial(self._around.references, bound.table, tally)
-        return self._evidence.examine(bound, references, lambda: self._around.content.digest)
+        borrow = partial(self._borrow, bound, tally)
+        return self._evidence.examine(bound, references, lambda: self._around.content.digest, borrow)
+
+    def _borrow(self, bound: BoundSlots, tally: Tally, rows: Sequence[int]) -> Iterator[tuple[int, Reference]]:
+        """Blocks of peers, to compare parts with; none where no engine can be started."""
+        tally.attempt(self._lease.start)
+        if self._lease.engine is not None:
+            found = self._around.locate(bound.manifest, rows, tally)
+            yield from borrowed(self._lease.engine, bound.staging, bound.manifest, found, tally.note)
 
     def _barred(self, bound: BoundSlots, rows: Sequence[int], tally: Tally) -> dict[int, list[str]]:
         """Rows that may not be filled, and why. Raises SlotMismatch."""
+        references, borrow = partial(self._around.references, bound.table, tally), partial(self._borrow, bound, tally)
         try:
-            lacking = self._evidence.lacking(bound, rows, partial(self._around.references, bound.table, tally), rows)
+            lacking = self._evidence.lacking(bound, rows, references, rows, borrow)
         except EngineError as error:
             return {row: [f"its slots could not be looked at: {error}"] for row in rows}
         return {row: [UNPROVED] for row in lacking}
@@ -309,7 +321,8 @@ class Restorer:
         bound = self._find(tally)
         if bound is not None:
             references = partial(self._around.references, bound.table, tally)
-            if self._evidence.lacking(bound, bound.table.rows, references):
+            borrow = partial(self._borrow, bound, tally)
+            if self._evidence.lacking(bound, bound.table.rows, references, borrow=borrow):
                 raise RestoreError(UNPROVED)
         return bound
 

@@ -107,6 +107,10 @@ class Surroundings:
         )
         return search.run(ladder.missing)
 
+    def locate(self, manifest: Manifest, rows: Iterable[int], tally: Tally) -> dict[int, Mapped]:
+        """Where blocks of this content are worth reading, whoever has them."""
+        return Search(self._control, manifest, self.content, note=tally.note).run(rows)
+
     def tell_who_was_wrong(self, manifest: Manifest, wrong: Mapping[str | None, Iterable[int]]) -> None:
         """Tell each node, by its id, None for this host's, which rows were read wrong there: it looks, and mends."""
         for node, rows in wrong.items():

@@ -26,6 +26,7 @@ from transfer.push.writer import Health, WriteFailed, Writer, buffer, keep_for_e
 PUSH_NBYTES = 64 << 20
 # Of one push, unless one block is larger. Each is a request, or registers a buffer: the last ones are no smaller.
 PUSH_LIMITS = Limits(1024, PUSH_NBYTES, last_nbytes=PUSH_NBYTES)
+PUSH_PIECE_NBYTES = 16 << 20  # of our own memory: what is recalled ends between two of them
 PUSH_LANES = max(2, min(6, (os.cpu_count() or 2) // 2))  # some on the wire while the next are verified
 NOT_SENT = "it is not published there, or was withdrawn while it was sent"
 CHANGED_MEANWHILE = "its bytes changed at the source while they were sent: restore that node to mend it"

@@ -539,6 +539,25 @@ def test_where_the_system_has_no_more_threads_the_asking_goes_on_and_peers_are_a
     assert watch.prober.loop.failures == 0
 
 
+def test_who_failed_the_last_time_is_not_waited_for_again_and_again(
+    watch_of: Callable[..., Watch], peer: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that drags its answers out cost each of 39 restores of a block two seconds."""
+    watch, may_answer = watch_of(peer), threading.Event()
+    peer.peer.answers["GET /v1/node"] = lambda: (503, b"{}")
+    watch.look()
+    monkeypatch.setattr(watch.client, "node", lambda url: may_answer.wait(DEADLINE_S) and peer.node)
+    monkeypatch.setattr(prober_module, "LOOK_WAIT_S", 2 * DEADLINE_S)
+    try:
+        watch.prober.look(2 * DEADLINE_S)
+        assert not watch.prober._under_way["p"][0].done()
+    finally:
+        may_answer.set()
+    peer.peer.answers["GET /v1/node"] = lambda: (200, orjson.dumps(peer.node))
+    monkeypatch.undo()
+    wait_until(lambda: watch.look() or watch.cluster.peers()[0].state is PeerState.ALIVE, "it is back")
+
+
 def test_a_url_that_can_lead_nowhere_is_a_peer_that_does_not_answer(
     watch_of: Callable[..., Watch], peer: Script, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,3 +215,63 @@ def test_an_object_that_was_cut_short_is_whole_again_and_kills_nobody(
         assert path.stat().st_size == nbytes
         assert held(namespace) == expected
     assert daemon.process.poll() is None
+
+
+def test_an_object_that_is_cut_to_nothing_again_and_again_does_not_kill_its_scrubber(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    namespace: str,
+    segment_path: Callable[..., Path],
+    expected_blocks: Callable[..., Blocks],
+    held: Callable[..., Blocks],
+    wait_until: Callable[..., Any],
+) -> None:
+    """It finds that a block is cut off before the guard does, and hid it in a table that is cut off, too."""
+    daemon = serve("n0", {"n0": free_port()}, checkpoint=moe_checkpoint, scrub_rate="1GB").wait_ready()
+    path = segment_path(namespace)
+    nbytes = path.stat().st_size
+
+    def is_whole() -> bool:
+        assert daemon.process.poll() is None, daemon.said()
+        is_busy = any(each["state"] in ("pending", "running") for each in daemon.get("/v1/restores")["restores"])
+        return not is_busy and path.stat().st_size == nbytes and daemon.ask("GET", "/readyz").status_code == 200
+
+    for _ in range(5):
+        os.truncate(path, 0)
+        wait_until(is_whole, "all is back")
+    assert held(namespace) == expected_blocks(moe_checkpoint)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what another user has made")
+def test_another_user_who_takes_the_name_first_is_told_at_start_and_under_a_living_node(
+    serve: Callable[..., Any],
+    free_port: Callable[[], int],
+    moe_checkpoint: Path,
+    namespace: str,
+    segment_path: Callable[..., Path],
+    expected_blocks: Callable[..., Blocks],
+    held: Callable[..., Blocks],
+    wait_until: Callable[..., Any],
+) -> None:
+    ports, path = {"n0": free_port()}, segment_path(namespace)
+
+    def squat() -> None:
+        path.touch(0o600)
+        os.chown(path, 54_321, 54_321)
+
+    squat()
+    refused = serve("n0", ports, checkpoint=moe_checkpoint)
+    assert refused.wait() == 1
+    last = refused.said().splitlines()[-1]
+    assert re.match(r"hotspare: /dev/shm/.* belongs to user 54321, .*--node-id", last), last
+    path.unlink()
+    daemon = serve("n0", ports, checkpoint=moe_checkpoint).wait_ready()
+    path.unlink()
+    squat()
+    wait_until(lambda: daemon.ask("GET", "/readyz").status_code == 503, "it is told")
+    wait_until(lambda: "belongs to user 54321" in daemon.ask("GET", "/readyz").json()["detail"], "it is said")
+    assert len(daemon.get("/v1/shard-map?scope=node")["experts"]) == 39, "what is mapped is served"
+    path.unlink()
+    wait_until(lambda: daemon.ask("GET", "/readyz").status_code == 200, "its name is taken again")
+    assert held(namespace) == expected_blocks(moe_checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from app.cluster.membership import PeerState
 from app.cluster.peers import PeerBlocks
 from app.cluster.placement import Placement
 from app.node.holding import Holding
-from app.node.offering import DISK, offer
+from app.node.offering import DISK, SecondLook, offer
 from app.node.proofs import Proofs
 from shm.layout import SegmentName
 from shm.manifest import Manifest
@@ -130,3 +131,56 @@ def test_a_node_that_is_called_disk_does_not_hide_the_disk(holding: Holding) -> 
     assert node is not ours
     assert [ours in tier for tier in tiers] == [False, False, True, False]
     assert [node in tier for tier in tiers] == [False, True, False, False]
+
+
+# -- once more, before blocks are given up -------------------------------------------------------------------------
+
+
+class Looked:
+    """A second look at peers that became others since: what it finds, as `told` would say it."""
+
+    def __init__(self, holding: Holding, before: View) -> None:
+        self.view = before
+        self.looks = 0
+        self._look = SecondLook(holding, self, self._count, reach)  # type: ignore[arg-type]
+
+    def holdings(self) -> dict[str, PeerBlocks]:
+        return self.view.holdings()
+
+    def _count(self) -> None:
+        self.looks += 1
+
+    def __call__(self, after: View) -> dict[int, list[tuple[str, int]]]:
+        self.view = after
+        found = self._look(ROWS)
+        return {row: [(o.source.name, o.address) for o in each] for row, each in found.offers.items()}  # type: ignore[attr-defined]
+
+
+def test_a_peer_that_appeared_or_has_more_by_now_is_offered_and_what_was_offered_before_is_not(
+    holding: Holding,
+) -> None:
+    looked = Looked(holding, View({"n1": {3: GOOD}}))
+    assert looked(View({"n1": {3: GOOD, 7: GOOD}, "n2": {3: GOOD}})) == {3: [("n2", 50003)], 7: [("n1", 49007)]}
+    assert looked.looks == 1
+
+
+def test_a_peer_that_was_started_again_or_mended_a_block_is_offered_anew(holding: Holding) -> None:
+    class Restarted(View):
+        def holdings(self) -> dict[str, PeerBlocks]:
+            return {node: replace(held, session_id="n1:15334") for node, held in super().holdings().items()}
+
+    assert Looked(holding, View({"n1": {3: GOOD}}))(Restarted({"n1": {3: GOOD}})) == {3: [("n1", 49003)], 7: []}
+    assert Looked(holding, View({"n1": {3: OTHER}}))(View({"n1": {3: GOOD}})) == {3: [("n1", 49003)], 7: []}
+
+
+def test_peers_that_disagree_are_offered_neither_then_nor_later(holding: Holding) -> None:
+    assert Looked(holding, View({"n1": {3: GOOD}}))(View({"n1": {3: GOOD}, "n2": {3: OTHER}})) == {3: [], 7: []}
+
+
+def test_our_own_record_decides_of_those_that_appeared_and_what_has_no_room_is_left(holding: Holding) -> None:
+    holding.segment.publish(3, OTHER)
+    holding.segment.quarantine(3)
+    empty = Looked(holding, View({}))
+    assert empty(View({"n1": {3: GOOD}, "n2": {3: OTHER}})) == {3: [("n2", 50003)], 7: []}
+    empty._look._without_room = {3}
+    assert empty(View({"n2": {3: OTHER, 7: GOOD}})) == {7: [("n2", 50007)]}

@@ -52,6 +52,25 @@ def test_no_manifest_waits_for_a_peer_that_has_one(upkeep: Upkeep) -> None:
     assert upkeep.next(replace(EMPTY, can_begin=True), START + 0.5) == Task(None, KINDS["auto"])
 
 
+def test_what_is_lost_anew_is_brought_at_once_however_soon(upkeep: Upkeep) -> None:
+    """An object that was cut to nothing a second time stayed so for half a minute."""
+    upkeep.next(LACKING, START)
+    assert upkeep.next(replace(LACKING, missing=(A,)), START + 1) is None, "that could not be had just now"
+    assert upkeep.next(LACKING, START + 2) == Task((A, B), KINDS["auto"]), "and this was here meanwhile"
+    assert upkeep.next(LACKING, START + 3) is None
+    upkeep.brought()
+    assert upkeep.next(LACKING, START + 4) == Task((A, B), KINDS["auto"])
+    upkeep.next(COMPLETE, START + 5)
+    assert upkeep.next(LACKING, START + 6) == Task((A, B), KINDS["auto"])
+
+
+def test_what_waits_for_room_does_not_spin_though_its_task_does_all_that_it_can(upkeep: Upkeep) -> None:
+    displaced = replace(COMPLETE, is_displaced=True)
+    assert upkeep.next(displaced, START) == Task((), KINDS["auto"])
+    upkeep.brought()
+    assert upkeep.next(displaced, START + 1) is None
+
+
 @pytest.mark.parametrize("fill", ["auto", "disk", "peer"])
 def test_it_brings_from_where_it_was_told(fill: str) -> None:
     task = Upkeep(fill).next(LACKING, START)

@@ -10,7 +10,7 @@ import pytest
 
 from app.errors import Conflict, NotFound
 from app.restores.consumers import ConsumerStore
-from app.restores.lease import LEASE_S, MARGIN_S, Grants, Lease, LeaseEnded, boot_time
+from app.restores.lease import LEASE_S, MARGIN_S, WITHDRAWN_MAX, Grants, Lease, LeaseEnded, boot_time
 from shm.manifest import Manifest
 from tests.clocks import Clock
 from transfer.push.table import FormCopy, PushTable, SlotBases
@@ -72,6 +72,22 @@ def test_a_lease_that_is_asked_for_again_is_longer_and_never_shorter() -> None:
     assert grants.left_s(START) == 5 + MARGIN_S
     grants.give("a", 5, START + 2)
     assert grants.left_s(START) == 7 + MARGIN_S
+
+
+def test_a_push_that_was_recalled_gets_no_more_time_and_keeps_what_it_has() -> None:
+    grants = Grants()
+    grants.give("a", 5, START)
+    grants.withdraw("a")
+    assert grants.left_s(START) == 5 + MARGIN_S
+    with pytest.raises(Conflict, match="recalled"):
+        grants.give("a", 5, START)
+    grants.end("a")
+    assert grants.left_s(START) == 0
+    with pytest.raises(Conflict, match="recalled"):
+        grants.give("a", 5, START)
+    for number in range(2 * WITHDRAWN_MAX):
+        grants.withdraw(str(number))
+    assert len(grants._withdrawn) == WITHDRAWN_MAX
 
 
 def test_only_the_registration_that_was_meant_gives_leases(store: ConsumerStore, table: PushTable) -> None:

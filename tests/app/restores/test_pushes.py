@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.cluster.peers import PeerClient
 from app.restores.pushes import ConsumerPush
 from transfer.engine import MooncakeEngine
 from transfer.progress import Progress, RestoreState
@@ -41,8 +42,15 @@ class Deed:
         store = live.context.consumers
         consumer, _ = store.put("rank", table, manifest.digest, self.node.holding.content_digest, 60.0)
         self.push = ConsumerPush(
-            self.node, None, consumer, partial(self._held, store, consumer), lambda _: None, lambda _: None, False
-        )  # type: ignore[arg-type]  # nobody else is asked
+            self.node,
+            PeerClient(),
+            consumer,
+            partial(self._held, store, consumer),
+            lambda push_id: self.note("ended"),
+            partial(store.withdraw_lease, consumer),
+            lambda keys: None,
+            False,
+        )
 
     @contextmanager
     def _held(self, store: Any, consumer: Any) -> Iterator[None]:

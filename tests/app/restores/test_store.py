@@ -21,6 +21,7 @@ from app.node.node import Node
 from app.restores import store as restores_module
 from app.restores.store import ALL_KINDS, LocalRestore, RestoreStore
 from app.restores.worker import QUEUED_MAX
+from shm.block import ExpertKey
 from shm.errors import InvalidInput
 from tests.processes import DEADLINE_S, wait_until
 from transfer.client.http import ANSWER_TIMEOUT_S
@@ -123,6 +124,24 @@ def test_events_tell_each_change_and_stop_at_the_end(live: Any, store: RestoreSt
     assert (first.state, first.blocks_total) == ("pending", 0)
     assert rest[-1] == ended(store, restore_id)
     assert (rest[-1].state, rest[-1].blocks_done) == ("succeeded", 39)
+
+
+def test_blocks_found_wrong_one_after_the_other_are_mended_together(
+    store: RestoreStore, live: Any, brake: Brake
+) -> None:
+    """A scrubber that found 39 of them had each wait for all peers: what somebody asked for then waited for minutes."""
+    first = store.submit(REQUEST).id
+    brake.wait()
+    keys = [ExpertKey(layer, expert) for layer in (3, 4) for expert in range(5)]
+    for key in keys:
+        store.mend([key])
+    brake.release()
+    ended(store, first)
+    (mending,) = [each for each in store.all() if each.id != first]
+    assert isinstance(mending, LocalRestore)
+    assert ended(store, mending.id).blocks_total == len(keys)
+    store.mend(keys[:1])
+    wait_until(lambda: len(store.all()) == 3, "what is found later is a restore of its own")
 
 
 def test_cancelling_one_that_is_over_changes_nothing(store: RestoreStore) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shm.block import ExpertKey
-from shm.errors import InvalidInput
+from shm.errors import InvalidInput, SegmentNotFound
 from tests.transfer.client.keeper import NOBODY, Keeper
 from tests.transfer.slots.checkpoints import FP8, PARTS, STEM, Model, fused_parameters, noise, per_expert, raw, same
 from transfer import Restorer
@@ -423,3 +423,71 @@ def test_experts_of_other_nodes_are_proved_by_the_checksums_that_those_have(
             restorer.bind(Slots.plain(held))
     with Restorer(NOBODY, model="qwen") as restorer:
         assert not restorer.bind(Slots.plain(held)).ok
+
+
+# -- parts of blocks that this host has not ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far_rank(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Parameters]:
+    """Two nodes, and the second of five tensor-parallel ranks, in a container that does not share their /dev/shm."""
+
+    def nothing(*_: Any) -> Any:
+        raise SegmentNotFound("there is no such object in the /dev/shm of this container")
+
+    monkeypatch.setattr("transfer.client.local_segment.LocalSegment.open", nothing)
+    content = load_file(tiny_qwen3_moe / "model.safetensors")
+    held: Parameters = {}
+    for layer in LAYERS:
+        stem = f"model.layers.{layer}.mlp.experts."
+        gates, ups, downs = (
+            [content[f"{stem}{expert}.{part}_proj.weight"] for expert in range(5)] for part in ("gate", "up", "down")
+        )
+        halves = zip(gates, ups, strict=True)
+        held[f"{stem}w13_weight"] = torch.stack([torch.cat([g.chunk(5)[1], u.chunk(5)[1]]) for g, u in halves])
+        held[f"{stem}w2_weight"] = torch.stack([down.chunk(5, 1)[1] for down in downs]).contiguous()
+    return cluster("qwen", tiny_qwen3_moe, count=2, replicas=2), held
+
+
+def test_parts_of_a_rank_that_shares_no_memory_with_a_node_are_proved_by_blocks_that_are_brought(
+    far_rank: tuple[Any, Parameters],
+) -> None:
+    """They could only be vouched for: what lies in the slots was compared with blocks in this host's memory alone."""
+    nodes, held = far_rank
+    before = copies(held)
+    with Restorer(nodes.urls[0]) as restorer:
+        report = restorer.bind(Slots.fused(held, tp_rank=1, tp_size=5))
+        assert (report.ok, report.experts_proved, report.experts_unknown) == (True, 3, 12), report
+        spoil(held)
+        assert restorer.restore().ok
+        assert is_same(held, before)
+        with pytest.raises(SlotMismatch, match="layer 0, expert"):
+            restorer.bind(Slots.fused(held, tp_rank=2, tp_size=5))
+
+
+def test_a_block_that_cannot_be_had_for_a_proof_is_tried_at_the_next_replica_or_said(
+    far_rank: tuple[Any, Parameters],
+) -> None:
+    nodes, held = far_rank
+    with Restorer(nodes.urls[0]) as restorer:
+        nodes.kill(1)
+        assert restorer.bind(Slots.fused(held, tp_rank=1, tp_size=5)).ok
+    with Restorer(nodes.urls[0]) as restorer:
+        nodes.kill(0)
+        report = restorer.bind(Slots.fused(held, tp_rank=1, tp_size=5))
+        assert not report.ok
+        assert report.notes
+
+
+def test_a_rank_whose_proof_waited_for_the_first_restore_is_proved_by_blocks_that_are_brought(
+    far_rank: tuple[Any, Parameters], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes, held = far_rank
+    with Restorer(nodes.urls[0]) as restorer:
+        with monkeypatch.context() as patch:
+            patch.setattr(restorer, "_borrow", lambda bound, tally, rows: ())
+            assert not restorer.bind(Slots.fused(held, tp_rank=1, tp_size=5)).ok
+        spoil(held, 0)
+        assert restorer.restore([(layer, 0) for layer in LAYERS]).ok

@@ -46,8 +46,8 @@ def test_an_answer_over_its_limit_is_cut_off_and_one_within_it_is_not(http: Node
     said = OK + b"Content-Length: 33\r\n\r\n" + b'{"a": 3}'.ljust(33)
     with lying(says(said)) as url:
         assert http.document(url, nbytes_max=33) == {"a": 3}
-        with pytest.raises(NodeUnreachable, match="over 32 bytes"):
-            http.document(url, nbytes_max=32)
+    with lying(says(said)) as url, pytest.raises(NodeUnreachable, match="over 32 bytes"):
+        http.document(url, nbytes_max=32)
 
 
 def test_nobody_is_followed_elsewhere(http: NodeHttp) -> None:

@@ -6,7 +6,6 @@ that they promise; and a slot that is reported good is good.
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 import urllib.error
@@ -21,13 +20,12 @@ import torch
 from safetensors.torch import load_file
 
 from shm.errors import HotspareError
+from tests.liars import ODD, changed, places
 from transfer import Restorer
 from transfer.engine import MooncakeEngine
 from transfer.slots import Slots
 
-ODD: tuple[Any, ...] = (None, 7, -1, 2**64, 1e300, "", "odd", "[::1", [], [7], {}, {"a": [None]}, True)
 DOCUMENTS = ("/v1/node", "/v1/nodes", "/v1/shard-map", "/v1/manifest")
-ENTRIES_CHANGED = 1  # of each list: what is wrong with one is wrong with all
 
 
 class Liar:
@@ -68,28 +66,6 @@ class Liar:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
-
-
-def places(document: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where a value can be exchanged: keys and indices that lead there."""
-    yield at
-    if isinstance(document, dict):
-        for key, value in document.items():
-            yield from places(value, (*at, key))
-    elif isinstance(document, list):
-        for index, value in enumerate(document[:ENTRIES_CHANGED]):
-            yield from places(value, (*at, index))
-
-
-def changed(document: Any, at: tuple[Any, ...], value: Any) -> Any:
-    if not at:
-        return value
-    made = copy.deepcopy(document)
-    inner = made
-    for key in at[:-1]:
-        inner = inner[key]
-    inner[at[-1]] = value
-    return made
 
 
 @pytest.fixture

@@ -117,6 +117,45 @@ def test_a_node_that_was_restarted_is_told_again(
         assert rank.is_right
 
 
+def test_what_somebody_else_removed_is_not_registered_again_and_its_memory_is_closed_to_all(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], wait_until: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was, within a third of its time: after 204, when whoever asked for it took it that nothing writes there."""
+    nodes = cluster("qwen", tiny_qwen3_moe, count=1, replicas=1)
+    rank = Rank(tiny_qwen3_moe)
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        restorer.register("rank-0", ttl_s=3)
+        assert restore(nodes.urls[0], wait_until)["state"] == "succeeded"
+        inbox = restorer._inbox
+        assert inbox is not None
+        assert inbox.is_running
+        assert httpx.delete(f"{nodes.urls[0]}/v1/consumers/rank-0", timeout=DEADLINE_S).status_code == 204
+        wait_until(lambda: not inbox.is_running, "the engine that took the writes is gone")
+        assert consumers(nodes.urls[0]) == []
+        assert "was removed by somebody else" in caplog.text
+        restorer.unregister()
+        restorer.register("rank-0")
+        assert consumers(nodes.urls[0]) == ["rank-0"], "who wants it anew says so"
+
+
+def test_what_a_node_forgot_while_this_process_was_stopped_is_put_again(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any]
+) -> None:
+    nodes = cluster("qwen", tiny_qwen3_moe, count=1, replicas=1)
+    rank = Rank(tiny_qwen3_moe)
+    with Restorer(nodes.urls[0]) as restorer:
+        restorer.bind(rank.slots)
+        restorer.register("rank-0", ttl_s=30)
+        registration = restorer._registration
+        assert registration is not None
+        registration._loop.stop()  # a process that is stopped takes its tests with it
+        assert httpx.delete(f"{nodes.urls[0]}/v1/consumers/rank-0", timeout=DEADLINE_S).status_code == 204
+        registration._renewed_at_s -= 30
+        registration._keep()
+        assert consumers(nodes.urls[0]) == ["rank-0"]
+
+
 @pytest.mark.usefixtures("kept_engines")
 def test_a_node_that_went_on_to_other_weights_does_not_take_the_engine_of_the_old_ones(
     tiny_qwen3_moe: Path,

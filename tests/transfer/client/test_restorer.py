@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,12 +21,15 @@ from shm.errors import InvalidInput
 from shm.layout import SegmentName
 from shm.manifest import FileSpec, Manifest
 from shm.segment import Segment
+from tests.processes import DEADLINE_S
 from transfer import Restorer
 from transfer.checkpoint import read_checkpoint
+from transfer.client.engine_lease import EngineLease
 from transfer.client.report import SlotReport
 from transfer.cuda.driver import DeviceFailed
-from transfer.engine import MooncakeEngine
-from transfer.errors import EngineRefused
+from transfer.engine import Copy, DisposableEngine, MooncakeEngine
+from transfer.engine.double import Network
+from transfer.errors import EngineRefused, TransferFailed
 from transfer.slots import SlotRef, Slots
 from transfer.slots.layouts import NO_EXPERT, SlotMismatch
 
@@ -548,6 +552,49 @@ def test_what_a_peer_sends_after_it_timed_out_reaches_no_slot(
         assert all((tensor == -1).all() for tensor in rank.held.values())
         assert restorer.restore().ok
         assert rank.is_right
+
+
+@pytest.mark.parametrize("tp", [1, 5], ids=["straight", "parts"])
+def test_what_is_closed_while_a_stopped_peer_is_read_from_is_not_written_to_when_it_wakes(
+    tiny_qwen3_moe: Path, cluster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tp: int
+) -> None:
+    """Whoever closes frees the memory, or uses it for something else, at once."""
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "5")
+    nodes = cluster("qwen", tiny_qwen3_moe, count=2, replicas=2)
+    rank = Rank(tiny_qwen3_moe, "qwen", tp=tp)
+    restorer = Restorer(nodes.urls[0])
+    restorer.bind(rank.slots, lost="all", proof="none")
+    os.unlink(nodes.segment(0))
+    assert restorer.restore().bytes_by_source["peer"] > 0
+    monkeypatch.setattr(restorer._control, "silent", lambda _: set())
+    nodes.pause(1)
+    begun = threading.Event()
+    restoring = threading.Thread(target=restorer.restore, kwargs={"progress": lambda report: begun.set()})
+    restoring.start()
+    assert begun.wait(DEADLINE_S)
+    restorer.close()
+    rank.wipe()
+    restoring.join(DEADLINE_S)
+    assert not restoring.is_alive()
+    nodes.resume(1)
+    nodes.wait_ready(1)
+    assert all((tensor == -1).all() for tensor in rank.held.values())
+
+
+def test_closing_ends_what_a_fence_could_not_end_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network()
+    lease = EngineLease(None, "127.0.0.1", "tcp", ("127.0.0.1", 9))
+    monkeypatch.setattr(lease, "another", lambda: DisposableEngine(network.engine))
+    engine, peer = lease.start(), network.engine()
+    memory = np.zeros(3333, np.uint8)
+    theirs = np.full(3333, 7, np.uint8)
+    peer.register([(theirs.ctypes.data, theirs.nbytes)])
+    network.stop(peer.session_id)
+    with pytest.raises(TransferFailed):
+        engine.read(peer.session_id, [Copy(memory.ctypes.data, theirs.ctypes.data, 3333)])
+    lease.drop()
+    network.wake(peer.session_id)  # `engine` is held here still, as by whoever had asked for it
+    assert not memory.any()
 
 
 @pytest.mark.usefixtures("kept_engines")
