@@ -334,9 +334,11 @@ class Attachment(Mapping[str, "torch.Tensor"]):
         """
         from shm.pinning import PageLock, joined
 
-        here = self.rows()
-        wanted = here if rows is None else np.intersect1d(np.fromiter(rows, np.int64), here)
-        wanted = wanted[~self._pinned[wanted]]
+        asked = self._rows if rows is None else np.fromiter(rows, np.int64)
+        asked = asked[~self._pinned[asked]]  # first of all: this is called before each restore
+        if not len(asked):
+            return
+        wanted = np.intersect1d(asked, self.rows())
         if not len(wanted):
             return
         wanted = wanted[np.argsort(self._offsets[wanted])]

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from workbench import Bench, Daemon, bench
 from shm.attachment import Attachment
 from shm.block import ExpertKey
 from shm.errors import SegmentError
+from shm.layout import BLOCK_ALIGNMENT
 from transfer import Restorer, plan, sources
 from transfer.client import ladder
 from transfer.cuda import checksum as device_checksum
@@ -176,12 +177,29 @@ def load_with_safetensors(files: Sequence[Path], threads: int) -> list[Experts]:
         return list(pool.map(lambda file: load_file(file, device=DEVICE), files))
 
 
-def bare_copy(attachment: Attachment, nbytes: int) -> Callable[[], object]:
-    """The same bytes from the same page-locked pages, in one copy."""
-    to = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
-    source = (ctypes.c_ubyte * nbytes).from_address(attachment.address(int(attachment.rows()[0])))
-    host = torch.frombuffer(source, dtype=torch.uint8)
-    return lambda: to.copy_(host, non_blocking=True)
+def bare_copy(attachment: Attachment, rows: Iterable[int], device: str = DEVICE) -> Callable[[], object]:
+    """The same bytes from the same page-locked pages, in as few copies as CUDA takes: one for each run in one piece."""
+    held = sorted(attachment.held(rows).items(), key=lambda item: item[1].address)
+    sizes = attachment.manifest.nbytes.tolist()
+    spans: list[list[int]] = []
+    edges = attachment.pinned_edges()
+    for row, block in held:
+        end = spans[-1][1] if spans else -BLOCK_ALIGNMENT
+        if block.address - end < BLOCK_ALIGNMENT and not ((edges >= end) & (edges <= block.address)).any():
+            spans[-1][1] = block.address + sizes[row]
+        else:
+            spans.append([block.address, block.address + sizes[row]])
+    copies = []
+    for start, end in spans:
+        source = (ctypes.c_ubyte * (end - start)).from_address(start)
+        host = torch.frombuffer(source, dtype=torch.uint8)
+        copies.append((torch.empty(end - start, dtype=torch.uint8, device=device), host))
+
+    def run() -> None:
+        for to, host in copies:
+            to.copy_(host, non_blocking=True)
+
+    return run
 
 
 def torch_pinned_copy(nbytes: int) -> list[float]:
@@ -356,7 +374,9 @@ def local_figures(
         assert attachment is not None
         assert attachment.is_pinned()
         restored(restorer, held, "local")
-        figures.add_all(in_turn({BARE_COPY: bare_copy(attachment, figures.nbytes), LOCAL: restorer.restore}))
+        figures.add_all(
+            in_turn({BARE_COPY: bare_copy(attachment, attachment.rows().tolist()), LOCAL: restorer.restore})
+        )
         if profile:
             bare_ms = figures.nbytes / figures.rates[BARE_COPY] / 1e6
             print(tell([Timeline().of(restorer.restore) for _ in range(ROUNDS)], bare_ms), flush=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -58,6 +59,8 @@ class DeviceSlots:
         """Where page-locked pieces of host memory begin or end, ascending: CUDA refuses a copy that crosses one."""
         self.lanes = LANES if checksums else LANES_HASHING
         self._streams = tuple(cuda.open_stream() for _ in range(self.lanes))
+        self._queueing = threading.Lock()
+        """One batch at a time is queued for the bus: lanes that share the interpreter would all begin late."""
         self._free: queue.LifoQueue[Lane] = queue.LifoQueue()
         for stream in self._streams:
             self._free.put(Lane(stream, checksums.open_workspace() if checksums else None))
@@ -75,7 +78,8 @@ class DeviceSlots:
         sources = np.array([address for _, address in blocks], np.int64)[number] + copies["block_offset"]
         first = copies["slot"] == 0
         with self._lane() as lane:
-            self._copy("to_device", copies[first], copies["address"][first], sources[first], lane.stream)
+            with self._queueing:
+                self._copy("to_device", copies[first], copies["address"][first], sources[first], lane.stream)
             if not first.all():
                 for row, _ in blocks:
                     self._spread(row, lane.stream)

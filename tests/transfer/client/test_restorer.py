@@ -566,7 +566,7 @@ def test_what_is_closed_while_a_stopped_peer_is_read_from_is_not_written_to_when
     restorer.bind(rank.slots, lost="all", proof="none")
     os.unlink(nodes.segment(0))
     assert restorer.restore().bytes_by_source["peer"] > 0
-    monkeypatch.setattr(restorer._control, "silent", lambda _: set())
+    monkeypatch.setattr(restorer._control, "silent", lambda *_: set())
     nodes.pause(1)
     begun = threading.Event()
     restoring = threading.Thread(target=restorer.restore, kwargs={"progress": lambda report: begun.set()})
