@@ -28,6 +28,7 @@ FIGURES: dict[str, tuple[str, Sequence[str]]] = {
         "--layers 2 --experts 3 --readers 1 --rounds 1",
         ["first tensor, 6 blocks", "fresh process", r"and 1 processes, of one copy +1\.\d+ "],
     ),
+    "expert": ("--layers 5 --experts 2 --rounds 2", [r"one expert from a peer, of 4 blocks", "whole map takes"]),
     "fill": ("--gib 0.01 --large-gib 0 --rounds 1", ["of bare preadv", "memory beyond the segment"]),
     "peer_restore": ("--gib 0.01 --rounds 1", ["of a bare read loop", "page cache warm", "files dropped from it"]),
     "placement": ("--layers 2 --experts 8 --clusters 1", [r"\| 3 → 4 \| 2 \|", r"\| 63 → 64 \| 3 \|"]),
