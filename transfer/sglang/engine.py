@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shm.errors import InvalidInput
+from transfer.checkpoint.hub import hub_directory
 from transfer.errors import RestoreError
 
 EXPERT_LOCATION = "sglang.srt.eplb.expert_location"
@@ -180,15 +181,6 @@ def model_settings() -> Any:
 def shares_weights(settings: Any) -> bool:
     """Whether the weight cache is on, in such settings or in server arguments. Releases without one have none."""
     return getattr(settings, "weight_cache_mode", NO_WEIGHT_CACHE) not in (NO_WEIGHT_CACHE, None)
-
-
-def hub_directory(name: str, revision: str | None) -> Path | None:
-    """What was downloaded of a model of the Hugging Face hub, in its cache on this host; None without any."""
-    try:
-        hub = importlib.import_module("huggingface_hub")
-        return Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:  # whatever is wrong with it, it has no files for us
-        return None
 
 
 def _owner_of(get_model: Callable[[], Any] | None) -> Any:

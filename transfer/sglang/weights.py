@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shm.manifest import Manifest
+from transfer.checkpoint.hub import hub_directory
 from transfer.client.bound_slots import CPU
 from transfer.client.loader import WINDOW_NBYTES, Loader
 from transfer.errors import RestoreError, told
-from transfer.sglang.engine import NameFilter, hub_directory, model_settings, shares_weights
+from transfer.sglang.engine import NameFilter, model_settings, shares_weights
 from transfer.sglang.share import of_rank
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transfer.checkpoint.hub import hub_directory
 from transfer.client.bound_slots import CPU
 from transfer.client.loader import Wanted
 from transfer.slots.layouts import expert_of
@@ -116,10 +117,4 @@ def model_loader(base: Any) -> Any:
 def directory_of(model: str, revision: str | None) -> Path | None:
     """Where the files of a model would be on this host, if a directory is there at all; none is downloaded."""
     path = Path(model)
-    if path.is_dir():
-        return path
-    try:  # a name of the Hugging Face hub: what was downloaded lies in its cache
-        hub = importlib.import_module("huggingface_hub")
-        return Path(hub.snapshot_download(model, revision=revision, local_files_only=True))
-    except Exception:  # whatever is wrong with it, it has no files for us
-        return None
+    return path if path.is_dir() else hub_directory(model, revision)
