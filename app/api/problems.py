@@ -66,6 +66,13 @@ class ProblemType(NamedTuple):
 _INVALID = ProblemType(422, "invalid-input", "The request is well formed, but a value is out of its limits")
 _TRANSFER_FAILED = ProblemType(502, "transfer-failed", "Bytes did not come from a peer")
 _NOT_FOUND = ProblemType(404, "not-found", "No such thing")
+NO_THREAD = "can't start new thread"  # what Python's RuntimeError says, which has no type of its own
+OUT_OF_THREADS = (
+    "the system gives this process no more threads: raise its limit (`ulimit -u`, a container's pids.max, systemd's "
+    "TasksMax)"
+)
+RETRY_AFTER_S = 1
+
 _UNEXPECTED = ProblemType(500, "unexpected", "The node failed in a way nobody foresaw")
 
 PROBLEM_TYPES: Mapping[type[HotspareError], ProblemType] = {
@@ -223,6 +230,13 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     return _response(request, kind, error.detail, headers=error.headers, uri="about:blank")
 
 
+async def _on_runtime_error(request: Request, error: Exception) -> JSONResponse:
+    """Routes run in threads, and the system may have none to give: that is no failure of ours, and passes."""
+    if str(error) != NO_THREAD:
+        raise error
+    return await _on_hotspare_error(request, app_errors.Unavailable(OUT_OF_THREADS, retry_after_s=RETRY_AFTER_S))
+
+
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
     # The server logs the traceback when the error reaches it; this line says which request it belongs to.
     _log.error("%s %s failed: %r", request.method, request.scope["path"], error)
@@ -263,6 +277,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HotspareError, _on_hotspare_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RuntimeError, _on_runtime_error)
     app.add_exception_handler(Exception, _on_unexpected)
     generate = app.openapi
 

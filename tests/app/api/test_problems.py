@@ -224,6 +224,18 @@ async def test_an_unexpected_error_tells_the_log_and_not_the_client(caplog: pyte
     assert "GET / failed: RuntimeError('secret path /x/y')" in caplog.text
 
 
+async def test_where_the_system_has_no_more_threads_the_answer_is_to_come_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        response = await ask(raising(RuntimeError(problems.NO_THREAD)))
+    assert (response.status_code, response.headers["content-type"]) == (503, MEDIA_TYPE)
+    assert response.headers["retry-after"] == "1"
+    assert response.json()["type"] == "urn:hotspare:problem:unavailable"
+    assert "pids.max" in response.json()["detail"]
+    assert "Traceback" not in caplog.text
+
+
 async def test_the_openapi_document_names_problems_and_nothing_of_fastapis_own() -> None:
     document = (await ask(raising(RuntimeError()), path="/openapi.json")).json()
     for method, statuses in (("get", ("404", "409", "422")), ("post", ("422",))):
