@@ -21,7 +21,7 @@ PARAMS_NAME = "params.json"
 JSON_NBYTES_MAX = 100_000_000  # of the index and the config; DeepSeek-V3's index has 9 MB
 DEPTH_MAX = 8
 
-_EXPERT_COUNTS = (
+EXPERT_COUNTS = (
     "n_routed_experts", "num_experts", "num_local_experts", "num_routed_experts", "moe_num_experts", "n_experts",
     "num_experts_per_layer",
 )  # fmt: skip
@@ -125,10 +125,10 @@ def _layers(config: Mapping[str, Any], outer: Mapping[str, Any]) -> tuple[str, i
 
 def _experts(config: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
     """The numbers of experts in one part, and their key: one number, a list of them, or those in a list of layers."""
-    for key in _EXPERT_COUNTS:
+    for key in EXPERT_COUNTS:
         if counts := _counts(config.get(key)):
             return key, counts
-    for key in _EXPERT_COUNTS:
+    for key in EXPERT_COUNTS:
         if _is_count(config.get(key)):
             return key, (config[key],)
     for key, value in config.items():
@@ -140,7 +140,7 @@ def _experts(config: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
 
 def _nested(part: Mapping[str, Any], depth: int = 0) -> Iterator[int]:
     for key, value in part.items():
-        if key in _EXPERT_COUNTS and _is_count(value):
+        if key in EXPERT_COUNTS and _is_count(value):
             yield value
         elif isinstance(value, dict) and depth < DEPTH_MAX:
             yield from _nested(value, depth + 1)

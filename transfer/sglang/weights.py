@@ -17,27 +17,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shm.manifest import Manifest
+from transfer.checkpoint.config import EXPERT_COUNTS
 from transfer.checkpoint.hub import hub_directory
 from transfer.client.bound_slots import CPU
-from transfer.client.loader import WINDOW_NBYTES, Loader
+from transfer.client.loader import EVERYTHING, WINDOW_NBYTES, Loader, Named
 from transfer.errors import RestoreError, told
 from transfer.sglang.engine import NameFilter, model_settings, shares_weights
 from transfer.sglang.share import of_rank
 
-if TYPE_CHECKING:
-    import torch
-
-Named = tuple[str, "torch.Tensor"]
 Original = Callable[..., Iterator[Named]]
 
 FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor")
 """Of SGLang's `--load-format`, those that read all *.safetensors files of a directory."""
 FILES = "*.safetensors"
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
-EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")  # what configurations call it
 RELOAD_WINDOW_NBYTES = 128 << 20  # beside an engine that serves, which has taken the GPU's memory
 RELOAD_DEADLINE_S = 120.0
 """For experts that were lost. The other ranks wait for them in a collective, which SGLang gives 300 s by default."""
@@ -173,7 +169,7 @@ def _why_not(manifest: Manifest, model_config: Any, reload: Reload | None) -> st
     experts = max((key.expert + 1 for key in manifest.keys), default=0)
     if wanted and experts not in wanted:
         return f"the nodes keep a model of {experts} experts a layer, and this one has {max(wanted)}"
-    if manifest.include != "all" and (reload is None or reload.wanted is None):
+    if manifest.include != EVERYTHING and (reload is None or reload.wanted is None):
         return "the nodes keep its experts alone: start them with --include all, or put the files back"
     return None
 

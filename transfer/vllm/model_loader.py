@@ -14,10 +14,10 @@ from typing import Any
 
 from transfer.checkpoint.hub import hub_directory
 from transfer.client.bound_slots import CPU
-from transfer.client.loader import Wanted
+from transfer.client.loader import Named, Wanted
 from transfer.slots.layouts import expert_of
 from transfer.vllm.experts import expert_modules, is_balanced, is_of_all_ranks, part_of, slots_of
-from transfer.vllm.weights import Named, Pass, Settings, weights
+from transfer.vllm.weights import Pass, Settings, weights
 
 PLATFORMS = "vllm.platforms"
 CONTENT = "hotspare_content"  # on the model: the digest of what was loaded, None where that is not known

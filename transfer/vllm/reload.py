@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shm.errors import HotspareError, InvalidInput
-from transfer.client.loader import Loader
+from transfer.client.loader import Loader, Named
 from transfer.client.restorer import Restorer
 from transfer.errors import RestoreError
 from transfer.slots import Slots
@@ -32,7 +32,6 @@ from transfer.vllm.experts import (
     part_of,
     slots_of,
 )
-from transfer.vllm.weights import Named
 
 if TYPE_CHECKING:
     import torch

@@ -11,21 +11,16 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from shm.errors import InvalidInput
 from transfer.client.bound_slots import CPU
-from transfer.client.loader import EXPERTS_ALONE, Loader, Wanted
+from transfer.client.loader import EXPERTS_ALONE, Loader, Named, Wanted
 from transfer.client.restorer import Restorer
 from transfer.errors import RestoreError, told
 
-if TYPE_CHECKING:
-    import torch
-
 DEFAULT_URL = "http://127.0.0.1:8470"
 OPTIONS = ("url", "model", "namespace", "node")
-
-Named = tuple[str, "torch.Tensor"]
 
 _log = logging.getLogger("hotspare.vllm")
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from shm.errors import InvalidInput
+from transfer.client.loader import Named
 from transfer.vllm.model_loader import CONTENT, directory_of
 from transfer.vllm.reload import Reload, fill, modules_by_layer
-from transfer.vllm.weights import Named, Settings
+from transfer.vllm.weights import Settings
 
 RELOAD = "vllm.model_executor.model_loader.reload.layerwise"
 CONFIG = "vllm.config"

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from shm.errors import InvalidInput
 from tests.transfer.kept import NOBODY, Kept
+from transfer.client.loader import Named
 from transfer.vllm import weights as module
-from transfer.vllm.weights import DEFAULT_URL, Named, Pass, Settings
+from transfer.vllm.weights import DEFAULT_URL, Pass, Settings
 
 
 def settings_of(kept: Kept | None, **more: Any) -> Settings:
